@@ -1,0 +1,165 @@
+"""MNIST as a PyTorch Dataset: 55,000 images to train on, 5,000 to validate, 10,000 to test.
+
+A Dataset answers two questions: how many samples are there (`__len__`), and what is sample number
+i (`__getitem__`). A DataLoader asks them, in random order if told to, and hands out batches.
+
+    loader = make_loader(MNISTDataset("data", "train"), batch_size=128, shuffle=True)
+    images, labels = next(iter(loader))  # (128, 1, 28, 28) float32 and (128,) int64
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets
+
+# Mean and standard deviation of all pixels of the 60,000 training images, on a scale from 0 to 1.
+MEAN, STD = 0.1307, 0.3081
+
+VALIDATION_SIZE = 5_000
+SPLIT_SEED = 0  # the same split in every run: results stay comparable
+
+
+class MNISTDataset(Dataset):
+    """Handwritten digits with their labels.
+
+    Args:
+        data_dir: folder that holds `MNIST/raw/`. Files missing there are downloaded.
+        split: "train", "validation" or "test". Only "train" is augmented.
+        seed: together with the epoch it decides how each image is augmented.
+
+    Raises:
+        SystemExit: with one line of advice, where the data is missing or damaged.
+    """
+
+    def __init__(self, data_dir: Path | str, split: str, seed: int = 0):
+        if split not in ("train", "validation", "test"):
+            raise ValueError(f"split is {split!r}: use 'train', 'validation' or 'test'")
+        mnist = load_mnist(data_dir, train=split != "test")
+        images, labels = mnist.data, mnist.targets  # (N, 28, 28) uint8 and (N,) int64
+        if split != "test":
+            train, validation = split_indices(labels)
+            kept = train if split == "train" else validation
+            images, labels = images[kept], labels[kept]
+
+        # All of MNIST is 55 MB as bytes: it stays in memory, and becomes float batch by batch.
+        self.images = images.unsqueeze(1)  # (N, 1, 28, 28): one grey channel
+        self.labels = labels
+        self.augment = split == "train"
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw this epoch's augmentation: one random affine map for each image.
+
+        Drawing it here, not in `__getitem__`, makes an image depend on (seed, epoch, index) alone:
+        not on the order of the samples, nor on which worker process loads it.
+        """
+        if self.augment:
+            self.maps = random_affine_maps(len(self), np.random.default_rng([self.seed, epoch]))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """One sample: an image (1, 28, 28) float32, normalised, and its label () int64."""
+        images, labels = self.__getitems__([index])
+        return images[0], labels[0]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """A batch in one go: images (N, 1, 28, 28) float32, normalised, and labels (N,) int64.
+
+        A DataLoader calls this in place of N calls of `__getitem__` where a Dataset has it. Here
+        that is the difference between waiting for data and not: see the README.
+        """
+        indices = torch.tensor(indices)
+        images = self.images[indices].float() / 255  # 0 is background, 1 is ink
+        if self.augment:
+            grid = sampling_grid(self.maps[indices])
+            images = F.grid_sample(images, grid, align_corners=False)  # outside the image: 0
+        return (images - MEAN) / STD, self.labels[indices]
+
+
+def random_affine_maps(n: int, rng: np.random.Generator) -> Tensor:
+    """n random maps (n, 2, 3) float32, as `torch.nn.functional.affine_grid` takes them.
+
+    Each turns, shears, scales and shifts an image a little, as another hand would have written
+    the digit. More would turn a 6 into a 9, or push ink off the edge.
+    """
+    angle = np.deg2rad(rng.uniform(-10, 10, n))
+    shear = np.tan(np.deg2rad(rng.uniform(-10, 10, n)))
+    scale = rng.uniform(0.9, 1.1, n)
+    shift_x, shift_y = rng.uniform(-2, 2, (2, n)) / 14  # 2 pixels; affine_grid's unit is 14 pixels
+
+    cos, sin = scale * np.cos(angle), scale * np.sin(angle)
+    rows = [[cos, shear * cos - sin, shift_x], [sin, shear * sin + cos, shift_y]]
+    return torch.from_numpy(np.moveaxis(np.array(rows, dtype=np.float32), 2, 0).copy())
+
+
+def sampling_grid(maps: Tensor) -> Tensor:
+    """Where each pixel of an augmented image comes from, for `grid_sample`.
+
+    It equals `torch.nn.functional.affine_grid` (but for rounding), written out because that took
+    more time than all the rest of the augmentation together.
+
+    Args:
+        maps: (N, 2, 3) float32.
+
+    Returns:
+        (N, 28, 28, 2) float32: x and y, both from -1 to 1 across the image.
+    """
+    centre = (torch.arange(28) + 0.5) / 14 - 1  # of each row or column of pixels
+    y, x = torch.meshgrid(centre, centre, indexing="ij")
+    maps = maps[:, :, :, None, None]  # (N, 2, 3, 1, 1), to go with (28, 28)
+    grid = maps[:, :, 0] * x + maps[:, :, 1] * y + maps[:, :, 2]  # (N, 2, 28, 28)
+    return grid.movedim(1, -1)
+
+
+def split_indices(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Split samples into train and validation, both with the same share of each digit.
+
+    Args:
+        labels: (N,) int64.
+
+    Returns:
+        Two disjoint index tensors, int64, ascending, that together hold 0 to N - 1.
+    """
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    by_digit = shuffled[labels[shuffled].argsort(stable=True)]
+    every = len(labels) // VALIDATION_SIZE
+    is_validation = torch.arange(len(labels)) % every == 0  # each 12th image of each digit
+    return by_digit[~is_validation].sort().values, by_digit[is_validation].sort().values
+
+
+def load_mnist(data_dir: Path | str, train: bool) -> datasets.MNIST:
+    """torchvision's MNIST: it downloads what is missing, checks the MD5 sums and unpacks."""
+    try:
+        return datasets.MNIST(data_dir, train=train, download=True)
+    except (RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        sys.exit(f"MNIST cannot be read from {data_dir} (--data-dir), nor downloaded: {reason}")
+
+
+def make_loader(
+    dataset: MNISTDataset, batch_size: int, shuffle: bool = False, workers: int = 0
+) -> DataLoader:
+    """Batches of a data set, as `MNISTDataset.__getitems__` makes them.
+
+    Args:
+        dataset: where the samples come from.
+        batch_size: images in each batch; the last one may have fewer.
+        shuffle: a new random order in each epoch (for training).
+        workers: processes that load in the background; 0 loads in this one.
+    """
+    return DataLoader(
+        dataset, batch_size, shuffle=shuffle, num_workers=workers, collate_fn=keep_batch
+    )
+
+
+def keep_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """`__getitems__` has made a batch already; DataLoader's own collate would stack samples."""
+    return batch

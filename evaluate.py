@@ -1,0 +1,153 @@
+"""Measure a trained model on the test set.
+
+    python evaluate.py                           # checkpoints/best.pt
+    python evaluate.py --checkpoint other.pt
+
+The test set is read here and nowhere else: settings are chosen on the validation images, so the
+number printed here says how the model does on digits that nobody has looked at before.
+"""
+
+import argparse
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from dataset import MNISTDataset, make_loader
+from model import build_model
+from utils import DEVICES, choose_device, load_checkpoint, short
+
+ROOT = Path(__file__).resolve().parent
+
+
+@torch.inference_mode()  # no gradients needed: record no graph, which saves time and memory
+def predict(model: nn.Module, loader: DataLoader, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Run a model over all batches of a loader.
+
+    Returns:
+        The logits (N, classes) float32 and the true labels (N,) int64, both on the CPU.
+    """
+    model.eval()  # batch norm uses its running averages, not this batch's own
+    batches = [(model(images.to(device)), labels) for images, labels in loader]
+    logits, labels = zip(*batches, strict=True)
+    return torch.cat(logits).cpu(), torch.cat(labels)
+
+
+@dataclass
+class Metrics:
+    """How well a classifier did.
+
+    Attributes:
+        loss: mean cross-entropy, in nats.
+        correct: number of images classified correctly.
+        total: number of images.
+        confusion: (classes, classes) int64; row: the true class, column: the predicted one.
+    """
+
+    loss: float
+    correct: int
+    total: int
+    confusion: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """Share of images classified correctly, 0 to 1."""
+        return self.correct / self.total
+
+    def interval(self) -> tuple[float, float]:
+        """95 % confidence interval of the accuracy, by Wilson's score.
+
+        The familiar p ± 1.96·√(p(1-p)/n) is off where p is close to 1, and here it is. Source:
+        E. B. Wilson, "Probable inference, the law of succession, and statistical inference",
+        Journal of the American Statistical Association 22 (1927).
+        """
+        z, n, p = 1.96, self.total, self.accuracy
+        centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+        half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+        return centre - half, centre + half
+
+
+def measure(logits: Tensor, labels: Tensor) -> Metrics:
+    """Compare logits (N, classes) float32 with the true labels (N,) int64."""
+    classes = logits.shape[1]
+    predicted = logits.argmax(dim=1)
+    pairs = labels * classes + predicted  # one number for each (true, predicted) pair
+    return Metrics(
+        loss=F.cross_entropy(logits, labels).item(),
+        correct=(predicted == labels).sum().item(),
+        total=len(labels),
+        confusion=pairs.bincount(minlength=classes**2).view(classes, classes),
+    )
+
+
+def report(metrics: Metrics) -> None:
+    """Print what a reader wants to know; the line with the accuracy comes last."""
+    confusion = metrics.confusion
+    print("\ndigit   images   correct   accuracy")
+    for digit, row in enumerate(confusion):
+        total, correct = row.sum().item(), row[digit].item()
+        print(f"{digit:5}   {total:6,}   {correct:7,}   {correct / max(total, 1):8.2%}")
+
+    mistakes = confusion.clone().fill_diagonal_(0)
+    counts, cells = mistakes.flatten().sort(descending=True, stable=True)
+    confused = [
+        f"{cell // len(confusion)} taken for {cell % len(confusion)}: {count}"
+        for count, cell in zip(counts[:5].tolist(), cells[:5].tolist(), strict=True)
+        if count > 0
+    ]
+    low, high = metrics.interval()
+    wrong = metrics.total - metrics.correct
+    print(f"\nMost frequent confusions  {', '.join(confused) or 'none'}")
+    print(f"Loss (cross-entropy)      {metrics.loss:.4f}")
+    print(f"95% interval              {low:.2%} to {high:.2%}")
+    print(f"Test accuracy: {metrics.accuracy:.2%} ({wrong} of {metrics.total:,} wrong)")
+
+
+def main(args: argparse.Namespace) -> None:
+    checkpoint = load_checkpoint(args.checkpoint)
+    device = choose_device(args.device)
+
+    # The checkpoint says which model its weights belong to.
+    model = build_model(checkpoint["model"])
+    model.load_state_dict(checkpoint["weights"])
+    model.to(device)
+
+    test_set = MNISTDataset(args.data_dir, "test")
+    name, epoch = checkpoint["model"], checkpoint["epoch"]
+    print(f"Checkpoint  {short(args.checkpoint)}: {name}, after epoch {epoch}")
+    print(f"Test set    {len(test_set):,} images, on {device}")
+    logits, labels = predict(model, make_loader(test_set, batch_size=1_000), device)
+    report(measure(logits, labels))
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure a trained model on MNIST's test set.")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        default=ROOT / "checkpoints" / "best.pt",
+        metavar="FILE",
+        help="what train.py saved (default: checkpoints/best.pt beside this script)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=DEVICES,
+        default="auto",
+        help="where to compute (default: auto, the fastest there is)",
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=ROOT / "data",
+        metavar="D",
+        help="folder of the MNIST files (default: data beside this script)",
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main(parse_args())

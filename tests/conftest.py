@@ -1,0 +1,55 @@
+"""What several test files need."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory):
+    """A copy of the project in a temporary folder: what scripts write by default lands there."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, folder)
+    shutil.copytree(
+        ROOT / "data",
+        folder / "data",
+        ignore=lambda _, names: [n for n in names if "." not in n and "ubyte" in n],
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir(checkout):
+    """The real MNIST files, to be unpacked outside the checkout."""
+    return checkout / "data"
+
+
+@pytest.fixture(scope="session")
+def trained(data_dir, tmp_path_factory):
+    """A folder with the checkpoints and the log of a dry run."""
+    from train import Config, main
+
+    folder = tmp_path_factory.mktemp("trained")
+    main(Config(dry_run=True, data_dir=data_dir, checkpoint_dir=folder, log_dir=folder))
+    return folder
+
+
+@pytest.fixture
+def run(checkout, tmp_path):
+    """Run a script of the copied checkout as a user would, from another working directory."""
+
+    def run_script(name, *flags):
+        return subprocess.run(
+            [sys.executable, str(checkout / name), *map(str, flags)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+
+    return run_script
