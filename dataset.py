@@ -88,12 +88,12 @@ def random_affine_maps(n: int, rng: np.random.Generator) -> Tensor:
     """n random maps (n, 2, 3) float32, as `torch.nn.functional.affine_grid` takes them.
 
     Each turns, shears, scales and shifts an image a little, as another hand would have written
-    the digit. More would turn a 6 into a 9, or push ink off the edge.
+    the digit. The ranges gave the best validation loss; twice as much gave a worse one.
     """
-    angle = np.deg2rad(rng.uniform(-10, 10, n))
-    shear = np.tan(np.deg2rad(rng.uniform(-10, 10, n)))
-    scale = rng.uniform(0.9, 1.1, n)
-    shift_x, shift_y = rng.uniform(-2, 2, (2, n)) / 14  # 2 pixels; affine_grid's unit is 14 pixels
+    angle = np.deg2rad(rng.uniform(-7, 7, n))
+    shear = np.tan(np.deg2rad(rng.uniform(-6, 6, n)))
+    scale = rng.uniform(0.94, 1.06, n)
+    shift_x, shift_y = rng.uniform(-1, 1, (2, n)) / 14  # 1 pixel; affine_grid's unit is 14 pixels
 
     cos, sin = scale * np.cos(angle), scale * np.sin(angle)
     rows = [[cos, shear * cos - sin, shift_x], [sin, shear * sin + cos, shift_y]]

@@ -37,7 +37,7 @@ class Config:
     """Every setting, with its unit and the reason for its default."""
 
     model: str = setting("cnn", "network to train", choices=MODELS)
-    epochs: int = setting(4, "passes over the training images; more gain little")
+    epochs: int = setting(5, "passes over the training images; more gain little")
     batch_size: int = setting(128, "images a step; fewer are noisy, more waste a pass")
     lr: float = setting(0.01, "peak learning rate; AdamW with batch norm bears it")
     seed: int = setting(0, "decides all that is random: same seed, same weights")

@@ -131,8 +131,8 @@ def test_augmentation_differs_between_images_epochs_and_seeds(data_dir):
 def test_augmentation_keeps_the_ink(sets, plain_train):
     indices = list(range(0, 55_000, 11))
     ratio = ink(sets["train"].__getitems__(indices)[0]) / ink(plain_train.__getitems__(indices)[0])
-    # Areas scale by the map's determinant: 0.9² to 1.1² and its inverse, and edges may lose some.
-    assert ratio.min() > 0.7 and ratio.max() < 1.3
+    # A scale of 0.94 to 1.06 changes areas by its square: 0.88 to 1.12, and its inverse.
+    assert ratio.min() > 0.85 and ratio.max() < 1.16
     assert abs(ratio.mean() - 1) < 0.03
 
 
@@ -140,8 +140,8 @@ def test_affine_maps_stay_near_the_identity():
     maps = random_affine_maps(10_000, np.random.default_rng(0))
     assert maps.shape == (10_000, 2, 3) and maps.dtype == torch.float32
     linear, shift = maps[:, :, :2], maps[:, :, 2]
-    assert (linear - torch.eye(2)).abs().max() < 0.5
-    assert shift.abs().max() <= 2 / 14
+    assert (linear - torch.eye(2)).abs().max() < 0.3
+    assert shift.abs().max() <= 1 / 14
     torch.testing.assert_close(maps.mean(dim=0), torch.eye(2, 3), atol=0.01, rtol=0)
 
 
