@@ -95,8 +95,8 @@ def report(metrics: Metrics) -> None:
     mistakes = confusion.clone().fill_diagonal_(0)
     counts, cells = mistakes.flatten().sort(descending=True, stable=True)
     confused = [
-        f"{cell // len(confusion)} taken for {cell % len(confusion)}: {count}"
-        for count, cell in zip(counts[:5].tolist(), cells[:5].tolist(), strict=True)
+        f"{cell // len(confusion)} as {cell % len(confusion)} ({count})"
+        for count, cell in zip(counts[:4].tolist(), cells[:4].tolist(), strict=True)
         if count > 0
     ]
     low, high = metrics.interval()

@@ -53,7 +53,7 @@ def test_report_names_the_confusions_and_ends_with_the_accuracy(capsys):
     confusion[4, 9], confusion[7, 1] = 7, 3
     report(Metrics(loss=0.5, correct=990, total=1_000, confusion=confusion))
     lines = capsys.readouterr().out.splitlines()
-    assert "Most frequent confusions  4 taken for 9: 7, 7 taken for 1: 3" in lines
+    assert "Most frequent confusions  4 as 9 (7), 7 as 1 (3)" in lines
     assert lines[-1] == "Test accuracy: 99.00% (10 of 1,000 wrong)"
     rows = [line.split() for line in lines]
     assert ["4", "106", "99", "93.40%"] in rows
