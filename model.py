@@ -5,11 +5,21 @@ flows through them. PyTorch finds the weights through the members, and the gradi
 what `forward` does.
 """
 
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
 MODELS = ("cnn", "resnet18")
 IMAGE_SHAPE = (1, 28, 28)  # channels, height, width
+MNIST_MEAN, MNIST_STD = 0.1307, 0.3081  # how dataset.py normalises images
+
+WEIGHTS = models.ResNet18_Weights.DEFAULT
+RESNET_SIZE = 56  # pixels; see "Fine-tuning" in the README for what other sizes cost and bring
 
 
 class CNN(nn.Module):
@@ -61,17 +71,55 @@ def conv_block(
 
 
 class ResNet18(nn.Module):
-    """torchvision's ResNet-18: a backbone that sees, and a new head that decides.
+    """torchvision's ResNet-18, to be fine-tuned.
+
+    The backbone is everything but the last layer. It turns an image into 512 features, and learnt
+    which ones from ImageNet's 1.2 million photographs: edges, curves, textures, parts. That
+    knowledge is what we borrow. The head turns features into classes; ours are digits, so it is
+    new and starts from random weights.
+
+    Another of torchvision's models takes three changes: WEIGHTS above, `models.resnet18`, and the
+    name of its last layer, `fc` here (`classifier` or `head` in others).
 
     Args:
         classes: how many kinds of image to tell apart.
+        pretrained: start the backbone from WEIGHTS; else from random weights.
+        freeze_backbone: train the head alone.
+
+    Raises:
+        SystemExit: with one line of advice, where the weights can't be had.
     """
 
-    def __init__(self, classes: int = 10):
+    def __init__(self, classes: int = 10, pretrained: bool = False, freeze_backbone: bool = False):
         super().__init__()
+        self.pretrained = pretrained
+        self.freeze_backbone = freeze_backbone
         self.backbone = models.resnet18()
+        if pretrained:
+            load_imagenet_weights(self.backbone)
         self.head = nn.Linear(self.backbone.fc.in_features, classes)
         self.backbone.fc = nn.Identity()  # was: 512 features to ImageNet's 1,000 classes
+
+        # Autograd records only what leads to a parameter that wants a gradient: with none in the
+        # backbone there is no graph to keep, and the backward pass ends at the head.
+        self.backbone.requires_grad_(not freeze_backbone)
+
+        # The backbone expects colours as it saw them in training. Buffers are tensors that move to
+        # the device with the model, but are not trained; these are not saved either.
+        preset = WEIGHTS.transforms()
+        self.register_buffer("mean", torch.tensor(preset.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preset.std).view(3, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> "ResNet18":
+        """Switch to training mode, or with False to evaluation mode.
+
+        A frozen backbone stays in evaluation mode. Otherwise its batch norm layers would go on
+        replacing their running averages, which belong to its weights, by those of our images.
+        """
+        super().train(mode)
+        if self.freeze_backbone:
+            self.backbone.eval()
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 1, 28, 28) float32, normalised, to logits (N, classes).
@@ -80,17 +128,47 @@ class ResNet18(nn.Module):
             ValueError: if the images have another shape.
         """
         check_shape(images)
-        x = images.expand(-1, 3, -1, -1)  # (N, 3, 28, 28): the backbone expects red, green, blue
-        x = self.backbone(x)  # (N, 512)
-        return self.head(x)  # (N, classes)
+        x = images * MNIST_STD + MNIST_MEAN  # undo dataset.py's normalisation: 0 to 1 again
+        x = F.interpolate(x, size=RESNET_SIZE, mode="bilinear")  # (N, 1, 56, 56)
+        x = (x - self.mean) / self.std  # (N, 3, 56, 56): a grey value for each of three channels
+        features = self.backbone(x)  # (N, 512)
+        return self.head(features)  # (N, classes)
 
 
-def build_model(name: str, classes: int = 10) -> nn.Module:
-    """A new model with random weights.
+def load_imagenet_weights(backbone: nn.Module) -> None:
+    """Load WEIGHTS from torch's cache; they are downloaded (45 MB) if they are not there.
 
-    Args:
-        name: "cnn" or "resnet18".
-        classes: how many kinds of image to tell apart.
+    Raises:
+        SystemExit: with one line of advice, where that fails.
+    """
+    cached = Path(torch.hub.get_dir(), "checkpoints", Path(WEIGHTS.url).name)
+    try:
+        backbone.load_state_dict(WEIGHTS.get_state_dict(check_hash=True, weights_only=True))
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, TypeError) as error:
+        if cached.is_file():
+            sys.exit(f"{cached} does not hold ResNet-18 weights: delete it, to download it again")
+        reason = " ".join(str(error).split())
+        sys.exit(
+            f"Cannot download {cached.name} ({reason}). Get {WEIGHTS.url} on another machine and "
+            f"put it in {cached.parent}, or use --model cnn, or --no-pretrained (random weights)"
+        )
+
+
+def parameter_groups(model: nn.Module, lr: float) -> list[dict]:
+    """What the optimizer trains, and how fast: parameter groups as torch.optim takes them.
+
+    A pretrained backbone is nearly right. It takes small steps, or it would forget what it knows
+    while the head is still random; the head has everything to learn and takes large ones.
+    """
+    if isinstance(model, ResNet18) and (model.pretrained or model.freeze_backbone):
+        head = {"params": list(model.head.parameters()), "lr": lr}
+        backbone = {"params": list(model.backbone.parameters()), "lr": lr / 10}
+        return [head] if model.freeze_backbone else [backbone, head]
+    return [{"params": list(model.parameters()), "lr": lr}]
+
+
+def build_model(name: str, classes: int = 10, **resnet_options: bool) -> nn.Module:
+    """A new model: `name` is one of MODELS, `resnet_options` are those of ResNet18.
 
     Raises:
         ValueError: if there is no model of that name.
@@ -98,7 +176,7 @@ def build_model(name: str, classes: int = 10) -> nn.Module:
     if name == "cnn":
         return CNN(classes)
     if name == "resnet18":
-        return ResNet18(classes)
+        return ResNet18(classes, **resnet_options)
     raise ValueError(f"there is no model {name!r}: use 'cnn' or 'resnet18'")
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dataset import MNISTDataset, make_loader
 from evaluate import predict
-from model import MODELS, build_model
+from model import MODELS, build_model, parameter_groups
 from utils import DEVICES, choose_device, save_checkpoint, seed_epoch, short
 
 ROOT = Path(__file__).resolve().parent
@@ -32,14 +32,24 @@ def setting(default, help, **for_argparse):
     return field(default=default, metadata={"help": help, **for_argparse})
 
 
+# What suits each model, where no flag says otherwise. Weights that are nearly right want smaller
+# steps, and fewer of them, than weights that start at random.
+RECIPES = {
+    "cnn": {"epochs": 5, "lr": 0.01},
+    "resnet18": {"epochs": 2, "lr": 0.002},
+}
+
+
 @dataclass
 class Config:
     """Every setting, with its unit and the reason for its default."""
 
     model: str = setting("cnn", "network to train", choices=MODELS)
-    epochs: int = setting(5, "passes over the training images; more gain little")
+    pretrained: bool = setting(True, "start resnet18 from random weights, not ImageNet's")
+    freeze_backbone: bool = setting(False, "train only the last layer of resnet18, its head")
+    epochs: int = setting(None, "passes over the training images", type=int)
+    lr: float = setting(None, "peak learning rate, of the head if there is one", type=float)
     batch_size: int = setting(128, "images a step; fewer are noisy, more waste a pass")
-    lr: float = setting(0.01, "peak learning rate; AdamW with batch norm bears it")
     seed: int = setting(0, "decides all that is random: same seed, same weights")
     device: str = setting("auto", "where to compute; auto: the fastest there is", choices=DEVICES)
     workers: int = setting(0, "processes that load data; MNIST is quick without")
@@ -48,6 +58,11 @@ class Config:
     data_dir: Path = setting(ROOT / "data", "folder of the MNIST files")
     checkpoint_dir: Path = setting(ROOT / "checkpoints", "folder for best.pt and last.pt")
     log_dir: Path = setting(ROOT / "runs", "folder for TensorBoard logs")
+
+    def __post_init__(self):
+        for name, value in RECIPES[self.model].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
 
 
 def main(config: Config) -> None:
@@ -58,32 +73,39 @@ def main(config: Config) -> None:
     validation_set = MNISTDataset(config.data_dir, "validation")
     train_loader = make_loader(train_set, config.batch_size, shuffle=True, workers=config.workers)
     validation_loader = make_loader(validation_set, batch_size=1_000)
-    epochs, steps = (1, 10) if config.dry_run else (config.epochs, len(train_loader))
+    epochs, steps = config.epochs, len(train_loader)
+    if config.dry_run:
+        epochs, steps = 1, min(steps, 10)
 
     # Model: its first weights are random too. channels_last keeps a pixel's channels side by side
     # in memory, which convolutions are faster with.
     torch.manual_seed(config.seed)
-    model = build_model(config.model)
+    options = {"pretrained": config.pretrained, "freeze_backbone": config.freeze_backbone}
+    model = build_model(config.model, **options)
     model.to(device, memory_format=torch.channels_last)
     network = torch.compile(model) if config.compile else model
 
     # Loss, optimizer, schedule. Label smoothing asks for 91 % certainty, not 100: it keeps the
     # logits small. The one-cycle schedule warms the learning rate up, then lets it sink to zero.
     loss_function = nn.CrossEntropyLoss(label_smoothing=0.1)
-    optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=0.01, fused=True)
+    groups = parameter_groups(model, config.lr)
+    rates = [group["lr"] for group in groups]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=config.lr, total_steps=epochs * steps, pct_start=0.25
+        optimizer, rates, total_steps=epochs * steps, pct_start=0.25
     )
 
     # Log: TensorBoard shows it with `tensorboard --logdir runs`.
     run_dir = config.log_dir / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.model}"
     writer = SummaryWriter(str(run_dir))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(weight.numel() for weight in model.parameters())
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     threads = torch.get_num_threads()
     print(f"Device       {device} ({threads} CPU threads, PyTorch {torch.__version__})")
     print(f"Data         {len(train_set):,} training and {len(validation_set):,} validation images")
-    print(f"Model        {config.model}, {parameters:,} parameters")
+    print(f"Model        {config.model}, {total:,} parameters, {trained:,} to train")
     print(f"Training     {epochs} epochs of {steps} steps of {config.batch_size} images")
+    print(f"             learning rate up to {' and '.join(f'{rate:g}' for rate in rates)}")
     print(f"Log          {short(run_dir)}")
     print(f"Checkpoints  {short(config.checkpoint_dir)}")
     print("\n          --- training ---   -- validation --")
@@ -93,17 +115,11 @@ def main(config: Config) -> None:
     for epoch in range(1, epochs + 1):
         seed_epoch(config.seed, epoch)
         train_set.set_epoch(epoch)
-        batches = tqdm(
-            islice(train_loader, steps),
-            desc=f"epoch {epoch}/{epochs}",
-            total=steps,
-            unit="batch",
-            leave=False,
-            disable=None,  # no bar where the output is no terminal
-        )
+        batches = islice(train_loader, steps)
+        bar = tqdm(batches, f"epoch {epoch}/{epochs}", steps, leave=False, disable=None)
         start = time.perf_counter()
         train_loss, train_accuracy, images = train_epoch(
-            network, batches, loss_function, optimizer, schedule, device
+            network, bar, loss_function, optimizer, schedule, device
         )
         speed = images / (time.perf_counter() - start)
 
@@ -127,7 +143,7 @@ def main(config: Config) -> None:
             "weights": model.state_dict(),
             "epoch": epoch,
             "validation_accuracy": accuracy,
-            "config": {name: str(value) for name, value in asdict(config).items()},
+            "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
             "torch": str(torch.__version__),
         }
         if accuracy >= best_accuracy:
@@ -182,15 +198,22 @@ def parse_args() -> Config:
     """Read the command line: a flag for each field of Config."""
     parser = argparse.ArgumentParser(description="Train a classifier of handwritten digits.")
     for f in fields(Config):
-        flag = "--" + f.name.replace("_", "-")
-        options = dict(f.metadata)
-        if f.type is bool:
-            parser.add_argument(flag, action="store_true", **options)
+        flag, options = f.name.replace("_", "-"), dict(f.metadata)
+        if f.type is bool:  # a switch: --compile turns it on, --no-pretrained off
+            flag = f"no-{flag}" if f.default else flag
+            action = "store_false" if f.default else "store_true"
+            parser.add_argument(f"--{flag}", action=action, dest=f.name, **options)
             continue
         default = f.default.name if f.type is Path else f.default
+        if default is None:
+            default = ", ".join(f"{recipe[f.name]} for {name}" for name, recipe in RECIPES.items())
+        options = {"type": f.type, "default": f.default} | options
         options["help"] += f" (default: {default})"
-        parser.add_argument(flag, type=f.type, default=f.default, **options)
-    return Config(**vars(parser.parse_args()))
+        parser.add_argument(f"--{flag}", **options)
+    config = Config(**vars(parser.parse_args()))
+    if config.freeze_backbone and config.model == "cnn":
+        parser.error("--freeze-backbone needs a model with a backbone: --model resnet18")
+    return config
 
 
 if __name__ == "__main__":

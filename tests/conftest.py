@@ -1,5 +1,6 @@
 """What several test files need."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -44,10 +45,11 @@ def trained(data_dir, tmp_path_factory):
 def run(checkout, tmp_path):
     """Run a script of the copied checkout as a user would, from another working directory."""
 
-    def run_script(name, *flags):
+    def run_script(name, *flags, **environment):
         return subprocess.run(
             [sys.executable, str(checkout / name), *map(str, flags)],
             cwd=tmp_path,
+            env=os.environ | environment,
             capture_output=True,
             text=True,
         )

@@ -4,12 +4,14 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision import models
 
+import train
 from dataset import MNISTDataset, make_loader
 from evaluate import measure, predict
 from model import build_model
-from train import Config, main, train_epoch
-from utils import load_checkpoint
+from train import RECIPES, Config, main, train_epoch
+from utils import load_checkpoint, seed_epoch
 
 CPU = torch.device("cpu")
 
@@ -84,6 +86,34 @@ def test_a_seed_decides_the_weights_bit_for_bit(data_dir, tmp_path):
     assert not torch.equal(weights["a"]["classifier.weight"], weights["other"]["classifier.weight"])
 
 
+def test_an_epoch_is_random_in_its_own_way_whatever_came_before(data_dir, tmp_path, monkeypatch):
+    def random_numbers_of_three_epochs(drawn_before):
+        numbers = []
+
+        def draw(*_):
+            numbers.append(torch.rand(()).item())
+            torch.rand(drawn_before)
+            return 1.0, 0.5, 1
+
+        monkeypatch.setattr(train, "train_epoch", draw)
+        config = Config(epochs=3, data_dir=data_dir, checkpoint_dir=tmp_path, log_dir=tmp_path)
+        main(config)
+        return numbers
+
+    numbers = random_numbers_of_three_epochs(drawn_before=0)
+    assert len(set(numbers)) == 3
+    assert random_numbers_of_three_epochs(drawn_before=7) == numbers
+
+
+def test_seed_and_epoch_are_mixed():
+    numbers = set()
+    for seed in range(3):
+        for epoch in range(3):
+            seed_epoch(seed, epoch)
+            numbers.add(torch.rand(()).item())
+    assert len(numbers) == 9
+
+
 def test_both_scripts_from_another_folder_with_no_paths_given(run, checkout):
     """As a newcomer runs them: default paths lie beside the scripts."""
     result = run("train.py", "--dry-run", "--device", "cpu")
@@ -120,28 +150,65 @@ def test_logs_can_be_read_by_tensorboard(trained):
     assert accuracy.value == pytest.approx(checkpoint["validation_accuracy"])
     for tag in ("loss/training", "loss/validation", "accuracy/training", "images_per_second"):
         assert log.Scalars(tag)[0].value > 0
-    assert 0 < log.Scalars("learning_rate")[0].value < Config.lr
+    assert 0 < log.Scalars("learning_rate")[0].value < Config().lr
 
 
-def test_resnet18_takes_the_same_path(run, data_dir, tmp_path):
+@pytest.mark.parametrize("freeze", [[], ["--freeze-backbone"]])
+def test_fine_tuning_from_a_weights_file(run, data_dir, tmp_path, freeze):
+    """The file holds random numbers, but lies where torchvision's download would."""
+    cache = tmp_path / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    weights = models.resnet18().state_dict()
+    torch.save(weights, cache / "resnet18-f37072fd.pth")
     result = run(
         "train.py",
-        *("--model", "resnet18", "--dry-run", "--batch-size", 16, "--data-dir", data_dir),
-        *("--checkpoint-dir", tmp_path, "--log-dir", tmp_path / "runs"),
+        *("--model", "resnet18", *freeze, "--dry-run", "--batch-size", 8),
+        *("--data-dir", data_dir, "--checkpoint-dir", tmp_path, "--log-dir", tmp_path),
+        TORCH_HOME=str(tmp_path),
     )
     assert result.returncode == 0, result.stderr
-    assert f"Next: python evaluate.py --checkpoint {'best.pt'}" in result.stdout
-    result = run("evaluate.py", "--checkpoint", tmp_path / "best.pt", "--data-dir", data_dir)
+    assert "11,181,642 parameters, " in result.stdout
+    assert f"{5_130 if freeze else 11_181_642:,} to train" in result.stdout
+    saved = load_checkpoint(tmp_path / "best.pt")
+    kept = torch.equal(saved["weights"]["backbone.conv1.weight"], weights["conv1.weight"])
+    assert kept == bool(freeze)
+    assert saved["config"]["epochs"] == 2 and saved["config"]["lr"] == 0.002
+
+    # The checkpoint alone says what to build: no flag, and no weights file to start from.
+    result = run(
+        "evaluate.py",
+        *("--checkpoint", tmp_path / "best.pt", "--data-dir", data_dir),
+        TORCH_HOME=str(tmp_path / "nothing here"),
+    )
     assert result.returncode == 0, result.stderr
     assert "resnet18" in result.stdout
+    assert not (tmp_path / "nothing here").exists()
+
+
+def test_without_weights_it_stops_with_one_line_and_writes_nothing(run, data_dir, tmp_path):
+    offline = {"https_proxy": "http://127.0.0.1:9", "TORCH_HOME": str(tmp_path / "cache")}
+    folders = ("--checkpoint-dir", tmp_path / "checkpoints", "--log-dir", tmp_path / "runs")
+    result = run("train.py", "--model", "resnet18", "--data-dir", data_dir, *folders, **offline)
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1 and "--no-pretrained" in result.stderr
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_network_without_a_backbone_cannot_freeze_it(run):
+    result = run("train.py", "--freeze-backbone")
+    assert result.returncode == 2
+    assert "--freeze-backbone" in result.stderr and "--model resnet18" in result.stderr
 
 
 def test_help_shows_each_setting_with_its_default(run):
     result = run("train.py", "--help")
     text = " ".join(result.stdout.split())
     for name, default in vars(Config()).items():
-        assert f"--{name.replace('_', '-')}" in text
-        if not isinstance(default, bool):
+        flag = "no-pretrained" if name == "pretrained" else name.replace("_", "-")
+        assert f"--{flag} " in text
+        if name in RECIPES["cnn"]:
+            assert f"(default: {default} for cnn, " in text
+        elif not isinstance(default, bool):
             shown = default.name if hasattr(default, "name") else default
             assert f"(default: {shown})" in text
 
