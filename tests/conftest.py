@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +30,23 @@ def checkout(tmp_path_factory):
 def data_dir(checkout):
     """The real MNIST files, to be unpacked outside the checkout."""
     return checkout / "data"
+
+
+@pytest.fixture(scope="session")
+def small_data_dir(data_dir, tmp_path_factory):
+    """The first 1,200 training and 500 test images of MNIST, for what would take too long."""
+    from torchvision.datasets import MNIST
+
+    folder = tmp_path_factory.mktemp("small_data")
+    (folder / "MNIST" / "raw").mkdir(parents=True)
+    for prefix, n in (("train", 1_200), ("t10k", 500)):
+        mnist = MNIST(data_dir, train=prefix == "train", download=True)
+        for kind, values in (("images-idx3", mnist.data), ("labels-idx1", mnist.targets)):
+            values = values[:n].numpy().astype("uint8")
+            header = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, dtype=">i4").tobytes()
+            path = folder / "MNIST" / "raw" / f"{prefix}-{kind}-ubyte"
+            path.write_bytes(header + values.tobytes())
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -154,7 +154,7 @@ def test_logs_can_be_read_by_tensorboard(trained):
 
 
 @pytest.mark.parametrize("freeze", [[], ["--freeze-backbone"]])
-def test_fine_tuning_from_a_weights_file(run, data_dir, tmp_path, freeze):
+def test_fine_tuning_from_a_weights_file(run, small_data_dir, tmp_path, freeze):
     """The file holds random numbers, but lies where torchvision's download would."""
     cache = tmp_path / "hub" / "checkpoints"
     cache.mkdir(parents=True)
@@ -163,7 +163,7 @@ def test_fine_tuning_from_a_weights_file(run, data_dir, tmp_path, freeze):
     result = run(
         "train.py",
         *("--model", "resnet18", *freeze, "--dry-run", "--batch-size", 8),
-        *("--data-dir", data_dir, "--checkpoint-dir", tmp_path, "--log-dir", tmp_path),
+        *("--data-dir", small_data_dir, "--checkpoint-dir", tmp_path, "--log-dir", tmp_path),
         TORCH_HOME=str(tmp_path),
     )
     assert result.returncode == 0, result.stderr
@@ -177,7 +177,7 @@ def test_fine_tuning_from_a_weights_file(run, data_dir, tmp_path, freeze):
     # The checkpoint alone says what to build: no flag, and no weights file to start from.
     result = run(
         "evaluate.py",
-        *("--checkpoint", tmp_path / "best.pt", "--data-dir", data_dir),
+        *("--checkpoint", tmp_path / "best.pt", "--data-dir", small_data_dir),
         TORCH_HOME=str(tmp_path / "nothing here"),
     )
     assert result.returncode == 0, result.stderr
