@@ -104,7 +104,7 @@ def report(metrics: Metrics) -> None:
     print(f"\nMost frequent confusions  {', '.join(confused) or 'none'}")
     print(f"Loss (cross-entropy)      {metrics.loss:.4f}")
     print(f"95% interval              {low:.2%} to {high:.2%}")
-    print(f"Test accuracy: {metrics.accuracy:.2%} ({wrong} of {metrics.total:,} wrong)")
+    print(f"Test accuracy: {metrics.accuracy:.2%} ({wrong:,} of {metrics.total:,} wrong)")
 
 
 def main(args: argparse.Namespace) -> None:

@@ -85,6 +85,6 @@ def test_printed_accuracy_equals_a_count_by_hand(run, trained, data_dir):
             predictions = model(images).argmax(dim=1).tolist()
             wrong += sum(p != y for p, y in zip(predictions, labels, strict=True))
     last_line = result.stdout.splitlines()[-1]
-    assert last_line == f"Test accuracy: {100 - wrong / 100:.2f}% ({wrong} of 10,000 wrong)"
+    assert last_line == f"Test accuracy: {100 - wrong / 100:.2f}% ({wrong:,} of 10,000 wrong)"
     correct_by_digit = re.findall(r"^ +\d +[\d,]+ +([\d,]+) +[\d.]+%$", result.stdout, re.MULTILINE)
     assert sum(int(count.replace(",", "")) for count in correct_by_digit) == 10_000 - wrong

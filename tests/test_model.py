@@ -1,4 +1,5 @@
-import pickle
+import os
+from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -81,7 +82,7 @@ def torch_home(tmp_path, monkeypatch):
     """An empty cache for pretrained weights, and no network to fill it from."""
 
     def no_network(*args, **kwargs):
-        raise URLError("no network")
+        raise URLError("no\nnetwork")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "urlopen", no_network)
@@ -216,17 +217,26 @@ def make_no_state_dict(path):
     torch.save([1, 2, 3], path)
 
 
+class Attack:
+    """Unpickled by an unwary program, this creates a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("attacked",)
+
+
 def make_code(path):
-    path.write_bytes(pickle.dumps(print, protocol=2))
+    torch.save(Attack(), path)
 
 
 @pytest.mark.parametrize(
     "damage",
     [make_empty, make_text, make_truncated, make_another_model, make_no_state_dict, make_code],
 )
-def test_a_damaged_or_wrong_file_is_named(weights, damage):
+def test_a_damaged_or_wrong_file_is_named(weights, damage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     damage(weights)
     with pytest.raises(SystemExit) as stop:
         build_model("resnet18", pretrained=True)
     message = one_line(stop)
     assert str(weights) in message and "delete" in message
+    assert not Path("attacked").exists()
