@@ -7,7 +7,9 @@ i (`__getitem__`). A DataLoader asks them, in random order if told to, and hands
     images, labels = next(iter(loader))  # (128, 1, 28, 28) float32 and (128,) int64
 """
 
+import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -136,11 +138,22 @@ def split_indices(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def load_mnist(data_dir: Path | str, train: bool) -> datasets.MNIST:
     """torchvision's MNIST: it downloads what is missing, checks the MD5 sums and unpacks."""
+    raw = Path(data_dir, "MNIST", "raw")
+    missing = [folder for folder in (raw, *raw.parents) if not folder.exists()]
     try:
-        return datasets.MNIST(data_dir, train=train, download=True)
-    except (RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())
-        sys.exit(f"MNIST cannot be read from {data_dir} (--data-dir), nor downloaded: {reason}")
+        mnist = datasets.MNIST(data_dir, train=train, download=True)
+        if len(mnist.data) != len(mnist.targets):
+            raise ValueError(f"{len(mnist.data):,} images have {len(mnist.targets):,} labels")
+        return mnist
+    except Exception as error:  # whatever a damaged file or a network makes torchvision raise
+        for folder in missing:  # what torchvision has made for the download
+            with suppress(OSError):
+                folder.rmdir()
+        reason = " ".join(str(error).split()) or type(error).__name__
+        sys.exit(
+            f"MNIST cannot be read from {raw}, nor downloaded: {reason}. See --data-dir; "
+            "files there that may be damaged: delete them, and they are made anew"
+        )
 
 
 def make_loader(
@@ -155,10 +168,20 @@ def make_loader(
         workers: processes that load in the background; 0 loads in this one.
     """
     return DataLoader(
-        dataset, batch_size, shuffle=shuffle, num_workers=workers, collate_fn=keep_batch
+        dataset,
+        batch_size,
+        shuffle=shuffle,
+        num_workers=workers,
+        collate_fn=keep_batch,
+        worker_init_fn=ignore_ctrl_c,
     )
 
 
 def keep_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """`__getitems__` has made a batch already; DataLoader's own collate would stack samples."""
     return batch
+
+
+def ignore_ctrl_c(worker: int) -> None:
+    """A terminal sends Ctrl-C to all processes; the main one alone decides when to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dataset import MNISTDataset, make_loader
-from model import build_model
-from utils import DEVICES, choose_device, load_checkpoint, short
+from model import MODELS, build_model
+from utils import DEVICES, Parser, choose_device, folder, load_checkpoint, load_weights, short
 
 ROOT = Path(__file__).resolve().parent
 
@@ -108,12 +108,12 @@ def report(metrics: Metrics) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    checkpoint = load_checkpoint(args.checkpoint)
+    checkpoint = load_checkpoint(args.checkpoint, MODELS)
     device = choose_device(args.device)
 
     # The checkpoint says which model its weights belong to.
     model = build_model(checkpoint["model"])
-    model.load_state_dict(checkpoint["weights"])
+    load_weights(model, checkpoint, args.checkpoint)
     model.to(device)
 
     test_set = MNISTDataset(args.data_dir, "test")
@@ -125,7 +125,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure a trained model on MNIST's test set.")
+    parser = Parser(description="Measure a trained model on MNIST's test set.")
     parser.add_argument(
         "--checkpoint",
         type=Path,
@@ -141,7 +141,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--data-dir",
-        type=Path,
+        type=folder,
         default=ROOT / "data",
         metavar="D",
         help="folder of the MNIST files (default: data beside this script)",

@@ -92,7 +92,6 @@ class ResNet18(nn.Module):
 
     def __init__(self, classes: int = 10, pretrained: bool = False, freeze_backbone: bool = False):
         super().__init__()
-        self.pretrained = pretrained
         self.freeze_backbone = freeze_backbone
         self.backbone = models.resnet18()
         if pretrained:
@@ -154,13 +153,13 @@ def load_imagenet_weights(backbone: nn.Module) -> None:
         )
 
 
-def parameter_groups(model: nn.Module, lr: float) -> list[dict]:
+def parameter_groups(model: nn.Module, lr: float, pretrained: bool) -> list[dict]:
     """What the optimizer trains, and how fast: parameter groups as torch.optim takes them.
 
     A pretrained backbone is nearly right. It takes small steps, or it would forget what it knows
     while the head is still random; the head has everything to learn and takes large ones.
     """
-    if isinstance(model, ResNet18) and (model.pretrained or model.freeze_backbone):
+    if isinstance(model, ResNet18) and (pretrained or model.freeze_backbone):
         head = {"params": list(model.head.parameters()), "lr": lr}
         backbone = {"params": list(model.backbone.parameters()), "lr": lr / 10}
         return [head] if model.freeze_backbone else [backbone, head]

@@ -7,30 +7,51 @@ The story: settings, data, model, optimizer and schedule, log; then for each epo
 log, save. What an import brings in is one file away: dataset.py, model.py, evaluate.py, utils.py.
 """
 
-import argparse
+import math
+import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import torch
-from tensorboardX import SummaryWriter
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from dataset import MNISTDataset, make_loader
 from evaluate import predict
 from model import MODELS, build_model, parameter_groups
-from utils import DEVICES, choose_device, save_checkpoint, seed_epoch, short
+from utils import (
+    DEVICES,
+    Guard,
+    choose_device,
+    earlier_checkpoints,
+    epoch_log,
+    flags_of,
+    folder,
+    load_checkpoint,
+    load_weights,
+    lock_folder,
+    new_run_dir,
+    positive,
+    save_checkpoint,
+    seed_epoch,
+    short,
+    whole,
+)
 
 ROOT = Path(__file__).resolve().parent
 
 
-def setting(default, help, **for_argparse):
+def setting(default, allowed, help):
     """A field of Config that is also a flag on the command line: `--help` shows its text."""
-    return field(default=default, metadata={"help": help, **for_argparse})
+    kind = "choices" if isinstance(allowed, tuple) else "type"
+    return field(default=default, metadata={"help": help, kind: allowed})
 
+
+FOLDERS = ("data_dir", "checkpoint_dir", "log_dir")
+MAY_CHANGE = {"device", "workers", "compile", *FOLDERS}  # when a run is resumed
 
 # What suits each model, where no flag says otherwise. Weights that are nearly right want smaller
 # steps, and fewer of them, than weights that start at random.
@@ -44,28 +65,41 @@ RECIPES = {
 class Config:
     """Every setting, with its unit and the reason for its default."""
 
-    model: str = setting("cnn", "network to train", choices=MODELS)
-    pretrained: bool = setting(True, "start resnet18 from random weights, not ImageNet's")
-    freeze_backbone: bool = setting(False, "train only the last layer of resnet18, its head")
-    epochs: int = setting(None, "passes over the training images", type=int)
-    lr: float = setting(None, "peak learning rate, of the head if there is one", type=float)
-    batch_size: int = setting(128, "images a step; fewer are noisy, more waste a pass")
-    seed: int = setting(0, "decides all that is random: same seed, same weights")
-    device: str = setting("auto", "where to compute; auto: the fastest there is", choices=DEVICES)
-    workers: int = setting(0, "processes that load data; MNIST is quick without")
-    compile: bool = setting(False, "torch.compile the model; pays off on a GPU and long runs")
-    dry_run: bool = setting(False, "a few batches of one epoch: try the whole path in seconds")
-    data_dir: Path = setting(ROOT / "data", "folder of the MNIST files")
-    checkpoint_dir: Path = setting(ROOT / "checkpoints", "folder for best.pt and last.pt")
-    log_dir: Path = setting(ROOT / "runs", "folder for TensorBoard logs")
+    model: str = setting("cnn", MODELS, "network to train")
+    pretrained: bool = setting(True, bool, "start resnet18 from random weights, not ImageNet's")
+    freeze_backbone: bool = setting(False, bool, "train only the last layer of resnet18, its head")
+    epochs: int = setting(None, whole(1, 10_000), "passes over the training images")
+    lr: float = setting(None, positive, "peak learning rate, of the head if there is one")
+    batch_size: int = setting(128, whole(1, 55_000), "images a step; few are noisy, many slow")
+    seed: int = setting(0, whole(0, 2**32 - 1), "decides all that is random")
+    device: str = setting("auto", DEVICES, "where to compute; auto: the fastest there is")
+    workers: int = setting(0, whole(0, 256), "processes that load data; MNIST is quick without")
+    compile: bool = setting(False, bool, "torch.compile the model; pays off on a GPU and long runs")
+    dry_run: bool = setting(False, bool, "a few batches of one epoch: the whole path in seconds")
+    data_dir: Path = setting(ROOT / "data", folder, "folder of the MNIST files")
+    checkpoint_dir: Path = setting(ROOT / "checkpoints", folder, "folder for best.pt and last.pt")
+    log_dir: Path = setting(ROOT / "runs", folder, "folder for TensorBoard logs")
 
     def __post_init__(self):
         for name, value in RECIPES[self.model].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        for name in FOLDERS:
+            setattr(self, name, Path(getattr(self, name)).resolve())
+
+    def to_save(self) -> dict[str, str | float | bool]:
+        """The settings for a checkpoint, without default folders: a project may be moved."""
+        settings = {name: value for name, value in asdict(self).items() if name not in FOLDERS}
+        own = {name: getattr(self, name) for name in FOLDERS}
+        return settings | {n: str(v) for n, v in own.items() if v != getattr(Config, n)}
 
 
-def main(config: Config) -> None:
+def main(config: Config, last: dict | None = None) -> None:
+    """Train a model; with the checkpoint `last` go on where that run stopped."""
+    best_path, last_path = config.checkpoint_dir / "best.pt", config.checkpoint_dir / "last.pt"
+    is_default = config.checkpoint_dir == Config.checkpoint_dir
+    where = "" if is_default else f" --checkpoint-dir {short(config.checkpoint_dir)}"
+    guard = Guard(f"python train.py --resume{where}", saved=last["epoch"] if last else 0)
     device = choose_device(config.device)
 
     # Data: a Dataset knows single samples, a DataLoader makes shuffled batches of them.
@@ -76,28 +110,36 @@ def main(config: Config) -> None:
     epochs, steps = config.epochs, len(train_loader)
     if config.dry_run:
         epochs, steps = 1, min(steps, 10)
+    if guard.saved >= epochs:
+        return print(f"The run in {short(last_path)} is finished. Next: python evaluate.py")
 
     # Model: its first weights are random too. channels_last keeps a pixel's channels side by side
     # in memory, which convolutions are faster with.
     torch.manual_seed(config.seed)
-    options = {"pretrained": config.pretrained, "freeze_backbone": config.freeze_backbone}
-    model = build_model(config.model, **options)
+    pretrained = config.pretrained and not last  # a checkpoint has weights of its own
+    model = build_model(config.model, pretrained=pretrained, freeze_backbone=config.freeze_backbone)
     model.to(device, memory_format=torch.channels_last)
     network = torch.compile(model) if config.compile else model
 
     # Loss, optimizer, schedule. Label smoothing asks for 91 % certainty, not 100: it keeps the
     # logits small. The one-cycle schedule warms the learning rate up, then lets it sink to zero.
     loss_function = nn.CrossEntropyLoss(label_smoothing=0.1)
-    groups = parameter_groups(model, config.lr)
+    groups = parameter_groups(model, config.lr, config.pretrained)
     rates = [group["lr"] for group in groups]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rates, total_steps=epochs * steps, pct_start=0.25
     )
+    if last:
+        load_weights(model, last, last_path)
+        optimizer.load_state_dict(last["optimizer"])
+        schedule.load_state_dict(last["schedule"])
 
-    # Log: TensorBoard shows it with `tensorboard --logdir runs`.
-    run_dir = config.log_dir / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.model}"
-    writer = SummaryWriter(str(run_dir))
+    # Places to write to. The log is for TensorBoard: `tensorboard --logdir runs`.
+    lock = lock_folder(config.checkpoint_dir)
+    run_dir = config.log_dir / last["run"] if last else new_run_dir(config.log_dir, config.model)
+    earlier = {} if last else earlier_checkpoints(best_path, last_path)
+
     total = sum(weight.numel() for weight in model.parameters())
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     threads = torch.get_num_threads()
@@ -108,55 +150,68 @@ def main(config: Config) -> None:
     print(f"             learning rate up to {' and '.join(f'{rate:g}' for rate in rates)}")
     print(f"Log          {short(run_dir)}")
     print(f"Checkpoints  {short(config.checkpoint_dir)}")
+    for kept in earlier.values():
+        print(f"             an earlier run's is kept as {kept.name}")
     print("\n          --- training ---   -- validation --")
     print("  epoch   loss    accuracy   loss    accuracy   images/s")
 
-    best_accuracy, best_epoch = 0.0, 0
-    for epoch in range(1, epochs + 1):
-        seed_epoch(config.seed, epoch)
-        train_set.set_epoch(epoch)
-        batches = islice(train_loader, steps)
-        bar = tqdm(batches, f"epoch {epoch}/{epochs}", steps, leave=False, disable=None)
-        start = time.perf_counter()
-        train_loss, train_accuracy, images = train_epoch(
-            network, bar, loss_function, optimizer, schedule, device
-        )
-        speed = images / (time.perf_counter() - start)
+    best_accuracy, best_epoch = last["best"] if last else (0.0, 0)
+    with guard:  # Ctrl-C, a full disk, ...: one line, and at most the epoch in progress is lost
+        for epoch in range(guard.saved + 1, epochs + 1):
+            seed_epoch(config.seed, epoch)
+            train_set.set_epoch(epoch)
+            batches = guard.steps(islice(train_loader, steps))
+            bar = tqdm(batches, f"epoch {epoch}/{epochs}", steps, leave=False, disable=None)
+            start = time.perf_counter()
+            train_loss, train_accuracy, images = train_epoch(
+                network, bar, loss_function, optimizer, schedule, device
+            )
+            speed = images / (time.perf_counter() - start)
 
-        logits, labels = predict(network, validation_loader, device)
-        loss = loss_function(logits, labels).item()
-        accuracy = (logits.argmax(dim=1) == labels).float().mean().item()
-        print(
-            f"{epoch:3}/{epochs:<3}   {train_loss:.4f}  {train_accuracy:8.2%}   "
-            f"{loss:.4f}  {accuracy:8.2%}   {speed:8,.0f}"
-        )
-        writer.add_scalar("loss/training", train_loss, epoch)
-        writer.add_scalar("loss/validation", loss, epoch)
-        writer.add_scalar("accuracy/training", train_accuracy, epoch)
-        writer.add_scalar("accuracy/validation", accuracy, epoch)
-        writer.add_scalar("learning_rate", schedule.get_last_lr()[0], epoch)
-        writer.add_scalar("images_per_second", speed, epoch)
+            logits, labels = predict(network, validation_loader, device)
+            loss = loss_function(logits, labels).item()
+            accuracy = (logits.argmax(dim=1) == labels).float().mean().item()
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the validation loss is {loss}")
+            print(
+                f"{epoch:3}/{epochs:<3}   {train_loss:.4f}  {train_accuracy:8.2%}   "
+                f"{loss:.4f}  {accuracy:8.2%}   {speed:8,.0f}",
+                flush=True,
+            )
 
-        # best.pt holds what evaluate.py needs, last.pt what training would need to go on.
-        checkpoint = {
-            "model": config.model,
-            "weights": model.state_dict(),
-            "epoch": epoch,
-            "validation_accuracy": accuracy,
-            "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
-            "torch": str(torch.__version__),
-        }
-        if accuracy >= best_accuracy:
-            best_accuracy, best_epoch = accuracy, epoch
-            save_checkpoint(config.checkpoint_dir / "best.pt", checkpoint)
-        checkpoint |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-        save_checkpoint(config.checkpoint_dir / "last.pt", checkpoint)
+            with epoch_log(run_dir, epoch) as log:
+                log.add_scalar("loss/training", train_loss, epoch)
+                log.add_scalar("loss/validation", loss, epoch)
+                log.add_scalar("accuracy/training", train_accuracy, epoch)
+                log.add_scalar("accuracy/validation", accuracy, epoch)
+                log.add_scalar("learning_rate", schedule.get_last_lr()[0], epoch)
+                log.add_scalar("images_per_second", speed, epoch)
+
+            # best.pt holds what evaluate.py needs, last.pt also what training needs to go on.
+            while earlier:
+                path, kept = earlier.popitem()  # last.pt first
+                path.replace(kept)
+            checkpoint = {
+                "model": config.model,
+                "weights": model.state_dict(),
+                "epoch": epoch,
+                "validation_accuracy": accuracy,
+                "config": config.to_save(),
+                "run": run_dir.name,
+            }
+            if accuracy >= best_accuracy:
+                best_accuracy, best_epoch = accuracy, epoch
+                save_checkpoint(best_path, checkpoint)
+            checkpoint["best"] = (best_accuracy, best_epoch)
+            checkpoint["optimizer"] = optimizer.state_dict()
+            checkpoint["schedule"] = schedule.state_dict()
+            save_checkpoint(last_path, checkpoint)
+            guard.saved = epoch
 
     # Where to look next.
-    writer.close()
-    best = short(config.checkpoint_dir / "best.pt")
+    lock.release()
+    best = short(best_path)
     print(f"\nBest validation accuracy: {best_accuracy:.2%} (epoch {best_epoch}), saved in {best}")
-    is_default = config.checkpoint_dir == Config.checkpoint_dir
     print(f"Next: python evaluate.py{'' if is_default else f' --checkpoint {best}'}")
 
 
@@ -173,11 +228,13 @@ def train_epoch(
     Returns:
         The mean loss, the share of images classified correctly (0 to 1), both while the weights
         were changing and on augmented images, and the number of images.
+
+    Raises:
+        FloatingPointError: if a loss is infinite or not a number.
     """
     model.train()  # batch norm uses this batch's own mean and variance
     images_seen = 0
-    total_loss = torch.zeros((), device=device)  # sums stay on the device: reading one would make
-    total_correct = torch.zeros((), device=device)  # the CPU wait for the GPU in each step
+    losses, correct = [], []  # these stay on the device: reading one makes the CPU wait for it
     for images, labels in batches:
         images, labels = images.to(device), labels.to(device)
 
@@ -189,32 +246,44 @@ def train_epoch(
 
         schedule.step()
         images_seen += len(images)
-        total_loss += loss.detach() * len(images)
-        total_correct += (logits.detach().argmax(dim=1) == labels).sum()
-    return total_loss.item() / images_seen, total_correct.item() / images_seen, images_seen
+        losses.append(loss.detach() * len(images))
+        correct.append((logits.detach().argmax(dim=1) == labels).sum())
+
+    losses, correct = torch.stack(losses).tolist(), torch.stack(correct).sum().item()
+    for step, loss in enumerate(losses, start=1):
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"in step {step} the loss became {loss}")
+    return sum(losses) / images_seen, correct / images_seen, images_seen
 
 
-def parse_args() -> Config:
-    """Read the command line: a flag for each field of Config."""
-    parser = argparse.ArgumentParser(description="Train a classifier of handwritten digits.")
-    for f in fields(Config):
-        flag, options = f.name.replace("_", "-"), dict(f.metadata)
-        if f.type is bool:  # a switch: --compile turns it on, --no-pretrained off
-            flag = f"no-{flag}" if f.default else flag
-            action = "store_false" if f.default else "store_true"
-            parser.add_argument(f"--{flag}", action=action, dest=f.name, **options)
-            continue
-        default = f.default.name if f.type is Path else f.default
-        if default is None:
-            default = ", ".join(f"{recipe[f.name]} for {name}" for name, recipe in RECIPES.items())
-        options = {"type": f.type, "default": f.default} | options
-        options["help"] += f" (default: {default})"
-        parser.add_argument(f"--{flag}", **options)
-    config = Config(**vars(parser.parse_args()))
+def parse_args() -> tuple[Config, dict | None]:
+    """Read the command line: the settings, and with --resume the checkpoint to go on from."""
+    by_model = {
+        name: ", ".join(f"{recipe[name]} for {model}" for model, recipe in RECIPES.items())
+        for name in ("epochs", "lr")
+    }
+    parser = flags_of(Config, "Train a classifier of handwritten digits.", by_model)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in last.pt")
+    given = vars(parser.parse_args())  # only the flags that were given
+    last = None
+    if given.pop("resume", False):
+        checkpoint_dir = given.setdefault("checkpoint_dir", Config.checkpoint_dir)
+        last = load_checkpoint(checkpoint_dir / "last.pt", MODELS)
+        if "optimizer" not in last:
+            sys.exit("last.pt is a copy of a best.pt: it lacks what training needs to go on")
+        stored = last["config"]
+        for name in given.keys() - MAY_CHANGE:
+            if given[name] != stored[name]:
+                parser.error(
+                    f"--resume: the run in last.pt has {name.replace('_', '-')} {stored[name]}, "
+                    f"not {given[name]}; leave that flag out, or start a new run without --resume"
+                )
+        given = stored | given
+    config = Config(**given)
     if config.freeze_backbone and config.model == "cnn":
         parser.error("--freeze-backbone needs a model with a backbone: --model resnet18")
-    return config
+    return config, last
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(*parse_args())

@@ -99,7 +99,7 @@ def start_up() -> tuple[float, float]:
     """Seconds to the first training step of train.py, and to import torch and torchvision."""
     to_first_step = (
         "import sys, train; train.train_epoch = lambda *args: sys.exit(); train.main(train.Config("
-        "log_dir=train.Path(sys.argv[1])))"
+        "checkpoint_dir=sys.argv[1], log_dir=sys.argv[1]))"
     )
     ours, imports = [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -134,7 +134,7 @@ def loop_overhead() -> tuple[float, float]:
     batches = list(loader)
     model = build_model(Config.model).to(memory_format=torch.channels_last)
     loss_function = nn.CrossEntropyLoss(label_smoothing=0.1)
-    optimizer = torch.optim.AdamW(model.parameters(), Config.lr, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), Config().lr, fused=True)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
     ours, bare = [], []
     for _ in range(7):

@@ -1,10 +1,14 @@
 """What several test files need."""
 
 import os
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -73,3 +77,44 @@ def run(checkout, tmp_path):
         )
 
     return run_script
+
+
+@pytest.fixture(autouse=True)
+def the_tests_go_on(monkeypatch):
+    """After a full disk train.py ends its process at once; here that is this one."""
+    this, leave = os.getpid(), os._exit
+    monkeypatch.setattr(
+        os, "_exit", lambda status: sys.exit(status) if os.getpid() == this else leave(status)
+    )
+
+
+@pytest.fixture
+def run_here(checkout, tmp_path, monkeypatch, capfd):
+    """Like `run`, but in this process: no seconds go into starting Python and importing torch."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in signals}
+
+    def run_script(name, *flags):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
+        monkeypatch.chdir(tmp_path)
+        status, message = 0, ""
+        capfd.readouterr()
+        try:
+            runpy.run_path(str(checkout / name), run_name="__main__")
+        except SystemExit as stop:  # as Python does at its end: a text is printed, and means 1
+            status = 1 if isinstance(stop.code, str) else stop.code or 0
+            message = f"{stop.code}\n" if isinstance(stop.code, str) else ""
+        out, err = capfd.readouterr()
+        return SimpleNamespace(returncode=status, stdout=out, stderr=err + message)
+
+    yield run_script
+    threading.excepthook = threading.__excepthook__
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No network, also where there is one."""
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there

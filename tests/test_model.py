@@ -147,7 +147,7 @@ def test_frozen_backbone_builds_no_graph_and_stays_in_eval_mode():
 def test_a_step_changes_the_head_and_the_backbone_if_it_is_not_frozen(frozen):
     model = build_model("resnet18", freeze_backbone=frozen)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-3))
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-3, pretrained=False))
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
     batch = torch.randn(8, 1, 28, 28), torch.arange(8)
     loss_function = torch.nn.CrossEntropyLoss()
@@ -161,12 +161,12 @@ def test_a_step_changes_the_head_and_the_backbone_if_it_is_not_frozen(frozen):
 
 def test_backbone_and_head_learn_at_different_rates(weights):
     model = build_model("resnet18", pretrained=True)
-    backbone, head = parameter_groups(model, lr=0.01)
+    backbone, head = parameter_groups(model, lr=0.01, pretrained=True)
     assert head["lr"] == 0.01 and backbone["lr"] == pytest.approx(0.001)
     assert {id(p) for p in head["params"]} == {id(p) for p in model.head.parameters()}
     assert {id(p) for p in backbone["params"]} == {id(p) for p in model.backbone.parameters()}
 
-    (everything,) = parameter_groups(build_model("resnet18"), lr=0.01)
+    (everything,) = parameter_groups(build_model("resnet18"), lr=0.01, pretrained=False)
     assert len(list(everything["params"])) == len(list(model.parameters()))
     assert everything["lr"] == 0.01
 
