@@ -328,6 +328,21 @@ def test_a_resumed_run_ends_as_one_that_was_never_interrupted(
     assert set(map(tuple, steps_logged(tmp_path / "resumed").values())) == {(1, 2, 3)}
 
 
+def test_a_resumed_run_keeps_a_better_epoch_of_the_time_before(
+    settings, in_epoch, tmp_path, capsys
+):
+    in_epoch(2, raise_signal)
+    with pytest.raises(SystemExit):
+        main(Config(**settings("run")))
+    best, last = tmp_path / "run" / "best.pt", tmp_path / "run" / "last.pt"
+    save_checkpoint(last, load_checkpoint(last, MODELS) | {"best": (1.0, 1)})
+    before = best.read_bytes()
+    resume(tmp_path / "run")
+    assert "Best validation accuracy: 100.00% (epoch 1)" in capsys.readouterr().out
+    assert best.read_bytes() == before
+    assert load_checkpoint(last, MODELS)["epoch"] == 3
+
+
 def test_a_frozen_resnet18_is_resumed_without_its_weights_file(
     settings, in_epoch, tmp_path, offline, monkeypatch
 ):
@@ -354,6 +369,7 @@ def test_a_step_logged_twice_is_shown_once(settings, tmp_path, monkeypatch, caps
         main(Config(**settings("run")))
     assert set(map(tuple, steps_logged(tmp_path / "run").values())) == {(1, 2)}
     monkeypatch.undo()
+    time.sleep(1.1)  # a log file is named after the second: in the same one it would be replaced
     resume(tmp_path / "run")
     assert set(map(tuple, steps_logged(tmp_path / "run").values())) == {(1, 2, 3)}
 
@@ -515,7 +531,7 @@ def test_a_full_disk_while_saving(settings, in_epoch, run_here, tmp_path, limit)
 
 @pytest.mark.skipif(resource is None, reason="Windows has no limits on resources")
 def test_a_full_disk_while_logging(start, settings, tmp_path):
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50))"
+    limit = "import resource, train; resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50))"
     result = result_of(start("", *as_flags(settings("run")), before=limit))
     one_line(result, 1, "File too large")
     assert not list((tmp_path / "run").glob("*.pt"))
