@@ -1,4 +1,7 @@
 import hashlib
+import os
+import signal
+import sys
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -178,7 +181,10 @@ def test_a_shuffled_epoch_holds_each_image_once(sets):
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
 def test_workers_give_the_same_batches(sets, start_method):
-    """macOS and Windows start workers by spawn: data set and functions have to be picklable."""
+    """macOS and Windows start workers by spawn: data set and functions have to be picklable.
+
+    Ctrl-C reaches the workers too, and must not stop them: the main process decides.
+    """
     if start_method not in torch.multiprocessing.get_all_start_methods():
         pytest.skip(f"this operating system does not {start_method} processes")
     dataset = sets["train"]
@@ -189,6 +195,9 @@ def test_workers_give_the_same_batches(sets, start_method):
     for (images, labels), (worker_images, worker_labels) in zip(alone, helped, strict=True):
         assert torch.equal(images, worker_images)
         assert torch.equal(labels, worker_labels)
+        for worker in torch.multiprocessing.active_children():
+            if sys.platform != "win32":
+                os.kill(worker.pid, signal.SIGINT)
 
 
 def test_unknown_split_is_refused(data_dir):

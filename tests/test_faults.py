@@ -17,6 +17,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import evaluate
 import train
 import utils
 from model import MODELS
@@ -446,6 +447,7 @@ def start(settings, checkout, tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
         processes.append(process)
         while text and (line := process.stdout.readline()) and text not in line:
@@ -473,7 +475,7 @@ def test_a_signal_stops_training_after_a_whole_epoch(
     flags = as_flags(settings("run", epochs=10_000, workers=workers))
     process = start(" 2/10000", *flags)
     time.sleep(0.05)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # a terminal sends it to all processes of a command
     result = result_of(process)
     one_line(result, status, "python train.py --resume --checkpoint-dir ")
     saved = int(re.search(r"Epoch (\d+) is saved", result.stderr)[1])
@@ -618,6 +620,20 @@ def test_a_loss_that_stops_being_a_number_in_a_later_epoch(
         checkpoint = load_checkpoint(tmp_path / "run" / name, MODELS)
         assert checkpoint["epoch"] == 1
         assert all(value.isfinite().all() for value in checkpoint["weights"].values())
+
+
+def test_a_validation_loss_that_is_not_a_number(settings, monkeypatch, capsys, tmp_path):
+    """A batch norm's running averages are used in validation alone, and may overflow alone."""
+
+    def predict(*args):
+        logits, labels = evaluate.predict(*args)
+        return logits * float("nan"), labels
+
+    monkeypatch.setattr(train, "predict", predict)
+    with pytest.raises(SystemExit):
+        main(Config(**settings("run")))
+    assert "Epoch 1: the validation loss is nan" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("*.pt"))
 
 
 def test_a_loading_process_that_is_killed(settings, in_epoch, capsys, tmp_path):
