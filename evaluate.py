@@ -1,14 +1,17 @@
-"""Measure a trained model on the test set.
+"""Measure a trained model on the test set, or let it read your own handwriting.
 
     python evaluate.py                           # checkpoints/best.pt
     python evaluate.py --checkpoint other.pt
+    python evaluate.py my_digit.png other.jpg    # one digit in each picture
 
 The test set is read here and nowhere else: settings are chosen on the validation images, so the
-number printed here says how the model does on digits that nobody has looked at before.
+number printed here says how the model does on digits that nobody has looked at before. Pictures
+of the results are saved beside the checkpoint.
 """
 
 import argparse
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dataset import MNISTDataset, make_loader
+from dataset import MEAN, STD, MNISTDataset, make_loader
+from handwriting import read_digit
 from model import MODELS, build_model
+from pictures import (
+    confusion_figure,
+    mistakes_sheet,
+    predictions_figure,
+    reliability_figure,
+    save_picture,
+)
 from utils import DEVICES, Parser, choose_device, folder, load_checkpoint, load_weights, short
 
 ROOT = Path(__file__).resolve().parent
@@ -84,7 +95,34 @@ def measure(logits: Tensor, labels: Tensor) -> Metrics:
     )
 
 
-def report(metrics: Metrics) -> None:
+def reliability(
+    logits: Tensor, labels: Tensor, bins: int = 15
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """How often is a model right, for each level of confidence (its highest probability)?
+
+    One that says 80 % should be right 80 times out of 100. Source: C. Guo, G. Pleiss, Y. Sun,
+    K. Weinberger, "On calibration of modern neural networks" (2017).
+
+    Args:
+        logits: (N, classes) float32.
+        labels: (N,) int64, the true ones.
+        bins: of equal width, from 0 to 1.
+
+    Returns:
+        For each bin: how many images are in it, their mean confidence, and the share of them that
+        is classified correctly, both not a number where there are none. Last the expected
+        calibration error: how far these two are apart, in the mean over all images, 0 to 1.
+    """
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    bin_of = (confidence * bins).long().clamp(max=bins - 1)
+    counts = bin_of.bincount(minlength=bins)
+    certain = bin_of.bincount(confidence, bins)
+    correct = bin_of.bincount((predicted == labels).float(), bins)
+    error = (certain - correct).abs().sum().item() / len(labels)
+    return counts, certain / counts, correct / counts, error
+
+
+def report(metrics: Metrics, calibration_error: float) -> None:
     """Print what a reader wants to know; the line with the accuracy comes last."""
     confusion = metrics.confusion
     print("\ndigit   images   correct   accuracy")
@@ -103,6 +141,7 @@ def report(metrics: Metrics) -> None:
     wrong = metrics.total - metrics.correct
     print(f"\nMost frequent confusions  {', '.join(confused) or 'none'}")
     print(f"Loss (cross-entropy)      {metrics.loss:.4f}")
+    print(f"Calibration error         {calibration_error:.2%}")
     print(f"95% interval              {low:.2%} to {high:.2%}")
     print(f"Test accuracy: {metrics.accuracy:.2%} ({wrong:,} of {metrics.total:,} wrong)")
 
@@ -116,16 +155,65 @@ def main(args: argparse.Namespace) -> None:
     load_weights(model, checkpoint, args.checkpoint)
     model.to(device)
 
-    test_set = MNISTDataset(args.data_dir, "test")
     name, epoch = checkpoint["model"], checkpoint["epoch"]
     print(f"Checkpoint  {short(args.checkpoint)}: {name}, after epoch {epoch}")
+    folder = args.checkpoint.parent
+    if args.images:
+        read_handwriting(model, args.images, device, folder / "predictions.png")
+    else:
+        measure_on_test_set(model, args.data_dir, device, folder)
+
+
+def measure_on_test_set(
+    model: nn.Module, data_dir: Path, device: torch.device, picture_dir: Path
+) -> None:
+    test_set = MNISTDataset(data_dir, "test")
     print(f"Test set    {len(test_set):,} images, on {device}")
     logits, labels = predict(model, make_loader(test_set, batch_size=1_000), device)
-    report(measure(logits, labels))
+    metrics = measure(logits, labels)
+    *bins, error = reliability(logits, labels)
+    saved = [
+        save_picture(confusion_figure(metrics.confusion), picture_dir / "confusion.png"),
+        save_picture(mistakes_sheet(test_set, logits, 100), picture_dir / "mistakes.png"),
+        save_picture(reliability_figure(*bins, error), picture_dir / "reliability.png"),
+    ]
+    report(metrics, error)
+    sys.exit(0 if all(saved) else 1)
+
+
+def read_handwriting(
+    model: nn.Module, paths: list[Path], device: torch.device, picture: Path
+) -> None:
+    """Print which digit is in each file, and save a picture of what the model saw."""
+    images, names, failed = [], [], False
+    for path in paths:
+        try:
+            images.append(read_digit(path))
+            names.append(str(path))
+        except ValueError as error:
+            print(f"{path}: {error}", file=sys.stderr)
+            failed = True
+    if images:
+        images = (torch.stack(images) - MEAN) / STD
+        with torch.inference_mode():
+            probabilities = model.eval()(images.to(device)).softmax(dim=1).cpu()
+        for name, row in zip(names, probabilities, strict=True):
+            (first, second), (digit, other) = (best.tolist() for best in row.topk(2))
+            print(f"{name}: {digit} ({first:.1%}), then {other} ({second:.1%})")
+        figure = predictions_figure(names, images, probabilities)
+        failed |= not save_picture(figure, picture)
+    sys.exit(1 if failed else 0)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = Parser(description="Measure a trained model on MNIST's test set.")
+    parser = Parser(description="Measure a trained model on MNIST's test set, or on your images.")
+    parser.add_argument(
+        "images",
+        type=Path,
+        nargs="*",
+        metavar="IMAGE",
+        help="pictures of one digit each, to be read instead of the test set",
+    )
     parser.add_argument(
         "--checkpoint",
         type=Path,

@@ -46,12 +46,16 @@ class CNN(nn.Module):
         Raises:
             ValueError: if the images have another shape.
         """
+        return self.classifier(self.features(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the last layer decides upon, (N, 384)."""
         check_shape(images)
         x = self.block1(images)  # (N, 24, 12, 12)
         x = self.block2(x)  # (N, 48, 10, 10)
         x = self.block3(x)  # (N, 64, 4, 4)
         x = self.block4(x)  # (N, 96, 2, 2)
-        return self.classifier(x.flatten(start_dim=1))  # (N, classes)
+        return x.flatten(start_dim=1)  # (N, 384)
 
 
 def conv_block(
@@ -126,12 +130,15 @@ class ResNet18(nn.Module):
         Raises:
             ValueError: if the images have another shape.
         """
+        return self.head(self.features(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the head decides upon, (N, 512)."""
         check_shape(images)
         x = images * MNIST_STD + MNIST_MEAN  # undo dataset.py's normalisation: 0 to 1 again
         x = F.interpolate(x, size=RESNET_SIZE, mode="bilinear")  # (N, 1, 56, 56)
         x = (x - self.mean) / self.std  # (N, 3, 56, 56): a grey value for each of three channels
-        features = self.backbone(x)  # (N, 512)
-        return self.head(features)  # (N, classes)
+        return self.backbone(x)  # (N, 512)
 
 
 def load_imagenet_weights(backbone: nn.Module) -> None:

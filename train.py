@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dataset import MNISTDataset, make_loader
-from evaluate import predict
+from evaluate import measure, predict
 from model import MODELS, build_model, parameter_groups
+from pictures import log_end, log_epoch, log_start
 from utils import (
     DEVICES,
     Guard,
     choose_device,
     earlier_checkpoints,
-    epoch_log,
     flags_of,
     folder,
     load_checkpoint,
@@ -157,6 +157,8 @@ def main(config: Config, last: dict | None = None) -> None:
 
     best_accuracy, best_epoch = last["best"] if last else (0.0, 0)
     with guard:  # Ctrl-C, a full disk, ...: one line, and at most the epoch in progress is lost
+        if not last:
+            log_start(run_dir, config.to_save(), model, validation_set[0][0][None].to(device))
         for epoch in range(guard.saved + 1, epochs + 1):
             seed_epoch(config.seed, epoch)
             train_set.set_epoch(epoch)
@@ -179,13 +181,19 @@ def main(config: Config, last: dict | None = None) -> None:
                 flush=True,
             )
 
-            with epoch_log(run_dir, epoch) as log:
-                log.add_scalar("loss/training", train_loss, epoch)
-                log.add_scalar("loss/validation", loss, epoch)
-                log.add_scalar("accuracy/training", train_accuracy, epoch)
-                log.add_scalar("accuracy/validation", accuracy, epoch)
-                log.add_scalar("learning_rate", schedule.get_last_lr()[0], epoch)
-                log.add_scalar("images_per_second", speed, epoch)
+            log_epoch(
+                run_dir,
+                epoch,
+                training={
+                    "charts/loss": train_loss,
+                    "charts/accuracy": train_accuracy,
+                    "pace/learning_rate": schedule.get_last_lr()[0],
+                    "pace/images_per_second": speed,
+                },
+                validation={"charts/loss": loss, "charts/accuracy": accuracy},
+                model=model,
+                samples=train_set.__getitems__(list(range(40))),
+            )
 
             # best.pt holds what evaluate.py needs, last.pt also what training needs to go on.
             while earlier:
@@ -207,6 +215,11 @@ def main(config: Config, last: dict | None = None) -> None:
             checkpoint["schedule"] = schedule.state_dict()
             save_checkpoint(last_path, checkpoint)
             guard.saved = epoch
+
+        settings = {n: v for n, v in config.to_save().items() if n not in MAY_CHANGE}
+        results = {"final/best_accuracy": best_accuracy, "final/best_epoch": best_epoch}
+        confusion = measure(logits, labels).confusion
+        log_end(run_dir, epochs, settings, results, model, validation_set, logits, confusion)
 
     # Where to look next.
     lock.release()

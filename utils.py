@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from tensorboardX import SummaryWriter
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 FORMAT = 1  # of checkpoints: count up when old programs could not read new ones
@@ -260,15 +259,6 @@ def new_run_dir(log_dir: Path, model: str) -> Path:
     except OSError as error:
         sys.exit(f"--log-dir {short(log_dir)} can't be written to: {error.strerror}")
     return path
-
-
-def epoch_log(run_dir: Path, epoch: int) -> SummaryWriter:
-    """Where an epoch's numbers go, in the format of TensorBoard.
-
-    Only closing it makes sure that all is on the disk, so each epoch has a file of its own.
-    `purge_step` hides what an interrupted run may have logged of the same epoch.
-    """
-    return SummaryWriter(str(run_dir), purge_step=epoch, filename_suffix=f".{epoch:05}")
 
 
 # Interruptions

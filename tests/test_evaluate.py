@@ -51,9 +51,10 @@ def test_interval_holds_the_accuracies_that_would_not_surprise(correct, total):
 def test_report_names_the_confusions_and_ends_with_the_accuracy(capsys):
     confusion = torch.diag(torch.full((10,), 99))
     confusion[4, 9], confusion[7, 1] = 7, 3
-    report(Metrics(loss=0.5, correct=990, total=1_000, confusion=confusion))
+    report(Metrics(loss=0.5, correct=990, total=1_000, confusion=confusion), 0.0321)
     lines = capsys.readouterr().out.splitlines()
     assert "Most frequent confusions  4 as 9 (7), 7 as 1 (3)" in lines
+    assert "Calibration error         3.21%" in lines
     assert lines[-1] == "Test accuracy: 99.00% (10 of 1,000 wrong)"
     rows = [line.split() for line in lines]
     assert ["4", "106", "99", "93.40%"] in rows
@@ -61,7 +62,8 @@ def test_report_names_the_confusions_and_ends_with_the_accuracy(capsys):
 
 
 def test_printed_accuracy_equals_a_count_by_hand(run_here, trained, data_dir):
-    result = run_here("evaluate.py", "--checkpoint", trained / "best.pt", "--data-dir", data_dir)
+    flags = ("--checkpoint", trained / "best.pt", "--data-dir", data_dir)
+    result = run_here("evaluate.py", *flags)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
 

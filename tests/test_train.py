@@ -87,8 +87,10 @@ def test_a_seed_decides_the_weights_bit_for_bit(data_dir, tmp_path):
 
 
 def test_an_epoch_is_random_in_its_own_way_whatever_came_before(data_dir, tmp_path, monkeypatch):
-    augmented = []
-    monkeypatch.setattr(MNISTDataset, "set_epoch", lambda self, epoch: augmented.append(epoch))
+    augmented, set_epoch = [], MNISTDataset.set_epoch
+    monkeypatch.setattr(
+        MNISTDataset, "set_epoch", lambda self, e: (augmented.append(e), set_epoch(self, e))
+    )
 
     def random_numbers_of_three_epochs(drawn_before):
         numbers = []
@@ -105,7 +107,7 @@ def test_an_epoch_is_random_in_its_own_way_whatever_came_before(data_dir, tmp_pa
 
     numbers = random_numbers_of_three_epochs(drawn_before=0)
     assert len(set(numbers)) == 3
-    assert augmented[-3:] == [1, 2, 3]
+    assert [epoch for epoch in augmented if epoch > 0] == [1, 2, 3]
     assert random_numbers_of_three_epochs(drawn_before=7) == numbers
 
 
@@ -141,20 +143,6 @@ def test_both_scripts_from_another_folder_with_no_paths_given(run, checkout):
     assert re.fullmatch(
         r"Test accuracy: \d+\.\d\d% \([\d,]+ of 10,000 wrong\)", result.stdout.splitlines()[-1]
     )
-
-
-def test_logs_can_be_read_by_tensorboard(trained):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    (run_dir,) = trained.glob("*-cnn")
-    log = EventAccumulator(str(run_dir)).Reload()
-    checkpoint = load_checkpoint(trained / "best.pt", MODELS)
-    (accuracy,) = log.Scalars("accuracy/validation")
-    assert accuracy.step == 1
-    assert accuracy.value == pytest.approx(checkpoint["validation_accuracy"])
-    for tag in ("loss/training", "loss/validation", "accuracy/training", "images_per_second"):
-        assert log.Scalars(tag)[0].value > 0
-    assert 0 < log.Scalars("learning_rate")[0].value < Config().lr
 
 
 @pytest.mark.parametrize("freeze", [[], ["--freeze-backbone"]])
