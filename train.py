@@ -30,14 +30,20 @@ from utils import (
     earlier_checkpoints,
     flags_of,
     folder,
+    gather,
+    join_processes,
+    leave_processes,
     load_checkpoint,
     load_weights,
     lock_folder,
     new_run_dir,
+    one_after_the_other,
     positive,
+    prepare,
     save_checkpoint,
     seed_epoch,
     short,
+    sum_over_processes,
     whole,
 )
 
@@ -56,7 +62,7 @@ MAY_CHANGE = {"device", "workers", "compile", *FOLDERS}  # when a run is resumed
 # What suits each model, where no flag says otherwise. Weights that are nearly right want smaller
 # steps, and fewer of them, than weights that start at random.
 RECIPES = {
-    "cnn": {"epochs": 5, "lr": 0.01},
+    "cnn": {"epochs": 3, "lr": 0.015},
     "resnet18": {"epochs": 2, "lr": 0.002},
 }
 
@@ -70,7 +76,7 @@ class Config:
     freeze_backbone: bool = setting(False, bool, "train only the last layer of resnet18, its head")
     epochs: int = setting(None, whole(1, 10_000), "passes over the training images")
     lr: float = setting(None, positive, "peak learning rate, of the head if there is one")
-    batch_size: int = setting(128, whole(1, 55_000), "images a step; few are noisy, many slow")
+    batch_size: int = setting(128, whole(1, 55_000), "images a step, of all processes together")
     seed: int = setting(0, whole(0, 2**32 - 1), "decides all that is random")
     device: str = setting("auto", DEVICES, "where to compute; auto: the fastest there is")
     workers: int = setting(0, whole(0, 256), "processes that load data; MNIST is quick without")
@@ -100,87 +106,108 @@ def main(config: Config, last: dict | None = None) -> None:
     is_default = config.checkpoint_dir == Config.checkpoint_dir
     where = "" if is_default else f" --checkpoint-dir {short(config.checkpoint_dir)}"
     guard = Guard(f"python train.py --resume{where}", saved=last["epoch"] if last else 0)
-    device = choose_device(config.device)
+
+    # One process, unless torchrun has started more: they share the work, and rank 0 has the say.
+    device, rank, processes = join_processes(choose_device(config.device))
+    if config.batch_size % processes:
+        sys.exit(
+            f"--batch-size {config.batch_size} can't be shared by {processes} processes: "
+            f"use a multiple of {processes}"
+        )
 
     # Data: a Dataset knows single samples, a DataLoader makes shuffled batches of them.
-    train_set = MNISTDataset(config.data_dir, "train", config.seed)
-    validation_set = MNISTDataset(config.data_dir, "validation")
-    train_loader = make_loader(train_set, config.batch_size, shuffle=True, workers=config.workers)
-    validation_loader = make_loader(validation_set, batch_size=1_000)
+    with one_after_the_other():  # the first process unpacks what the others then find
+        train_set = MNISTDataset(config.data_dir, "train", config.seed)
+        validation_set = MNISTDataset(config.data_dir, "validation")
+    share = {"rank": rank, "processes": processes, "pin_memory": device.type == "cuda"}
+    train_loader = make_loader(train_set, config.batch_size, True, config.workers, **share)
+    validation_loader = make_loader(validation_set, batch_size=1_000, **share)
     epochs, steps = config.epochs, len(train_loader)
     if config.dry_run:
         epochs, steps = 1, min(steps, 10)
     if guard.saved >= epochs:
         return print(f"The run in {short(last_path)} is finished. Next: python evaluate.py")
 
-    # Model: its first weights are random too. channels_last keeps a pixel's channels side by side
-    # in memory, which convolutions are faster with.
+    # Model: its first weights are random too.
     torch.manual_seed(config.seed)
     pretrained = config.pretrained and not last  # a checkpoint has weights of its own
-    model = build_model(config.model, pretrained=pretrained, freeze_backbone=config.freeze_backbone)
-    model.to(device, memory_format=torch.channels_last)
-    network = torch.compile(model) if config.compile else model
+    with one_after_the_other():  # the first process downloads the weights
+        model = build_model(
+            config.model, pretrained=pretrained, freeze_backbone=config.freeze_backbone
+        )
+    if last:
+        load_weights(model, last, last_path)
+    network = prepare(model, device, config.compile)
 
-    # Loss, optimizer, schedule. Label smoothing asks for 91 % certainty, not 100: it keeps the
+    # Loss, optimizer, schedule. Label smoothing asks for 95 % certainty, not 100: it keeps the
     # logits small. The one-cycle schedule warms the learning rate up, then lets it sink to zero.
-    loss_function = nn.CrossEntropyLoss(label_smoothing=0.1)
+    # In a run so short, AdamW's mean of squared gradients should forget faster than by default.
+    loss_function = nn.CrossEntropyLoss(label_smoothing=0.05)
     groups = parameter_groups(model, config.lr, config.pretrained)
     rates = [group["lr"] for group in groups]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rates, total_steps=epochs * steps, pct_start=0.25
     )
     if last:
-        load_weights(model, last, last_path)
         optimizer.load_state_dict(last["optimizer"])
         schedule.load_state_dict(last["schedule"])
 
     # Places to write to. The log is for TensorBoard: `tensorboard --logdir runs`.
-    lock = lock_folder(config.checkpoint_dir)
-    run_dir = config.log_dir / last["run"] if last else new_run_dir(config.log_dir, config.model)
-    earlier = {} if last else earlier_checkpoints(best_path, last_path)
+    if rank == 0:
+        lock = lock_folder(config.checkpoint_dir)
+        run_dir = (
+            config.log_dir / last["run"] if last else new_run_dir(config.log_dir, config.model)
+        )
+        earlier = {} if last else earlier_checkpoints(best_path, last_path)
 
-    total = sum(weight.numel() for weight in model.parameters())
-    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    threads = torch.get_num_threads()
-    print(f"Device       {device} ({threads} CPU threads, PyTorch {torch.__version__})")
-    print(f"Data         {len(train_set):,} training and {len(validation_set):,} validation images")
-    print(f"Model        {config.model}, {total:,} parameters, {trained:,} to train")
-    print(f"Training     {epochs} epochs of {steps} steps of {config.batch_size} images")
-    print(f"             learning rate up to {' and '.join(f'{rate:g}' for rate in rates)}")
-    print(f"Log          {short(run_dir)}")
-    print(f"Checkpoints  {short(config.checkpoint_dir)}")
-    for kept in earlier.values():
-        print(f"             an earlier run's is kept as {kept.name}")
-    print("\n          --- training ---   -- validation --")
-    print("  epoch   loss    accuracy   loss    accuracy   images/s")
+        total = sum(weight.numel() for weight in model.parameters())
+        trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+        by = "1 process" if processes == 1 else f"{processes} processes"
+        print(f"Device       {device}, {by} (PyTorch {torch.__version__})")
+        print(
+            f"Data         {len(train_set):,} training, {len(validation_set):,} validation images"
+        )
+        print(f"Model        {config.model}, {total:,} parameters, {trained:,} to train")
+        print(f"Training     {epochs} epochs of {steps} steps of {config.batch_size} images")
+        print(f"             learning rate up to {' and '.join(f'{rate:g}' for rate in rates)}")
+        print(f"Log          {short(run_dir)}")
+        print(f"Checkpoints  {short(config.checkpoint_dir)}")
+        for kept in earlier.values():
+            print(f"             an earlier run's is kept as {kept.name}")
+        print("\n          --- training ---   -- validation --")
+        print("  epoch   loss    accuracy   loss    accuracy   images/s")
 
     best_accuracy, best_epoch = last["best"] if last else (0.0, 0)
     with guard:  # Ctrl-C, a full disk, ...: one line, and at most the epoch in progress is lost
-        if not last:
+        if rank == 0 and not last:
             log_start(run_dir, config.to_save(), model, validation_set[0][0][None].to(device))
         for epoch in range(guard.saved + 1, epochs + 1):
             seed_epoch(config.seed, epoch)
-            train_set.set_epoch(epoch)
+            train_set.set_epoch(epoch, strength=1 - (epoch - 1) / epochs)  # at last nearly as is
             batches = guard.steps(islice(train_loader, steps))
-            bar = tqdm(batches, f"epoch {epoch}/{epochs}", steps, leave=False, disable=None)
+            no_bar = None if rank == 0 else True  # None: a bar on a terminal, none in a file
+            bar = tqdm(batches, f"epoch {epoch}/{epochs}", steps, leave=False, disable=no_bar)
             start = time.perf_counter()
             train_loss, train_accuracy, images = train_epoch(
                 network, bar, loss_function, optimizer, schedule, device
             )
             speed = images / (time.perf_counter() - start)
 
-            logits, labels = predict(network, validation_loader, device)
+            logits, labels = gather(*predict(network, validation_loader, device))
             loss = loss_function(logits, labels).item()
-            accuracy = (logits.argmax(dim=1) == labels).float().mean().item()
+            metrics = measure(logits, labels)
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the validation loss is {loss}")
+            if rank > 0:
+                guard.saved = epoch
+                continue
+
             print(
                 f"{epoch:3}/{epochs:<3}   {train_loss:.4f}  {train_accuracy:8.2%}   "
-                f"{loss:.4f}  {accuracy:8.2%}   {speed:8,.0f}",
+                f"{loss:.4f}  {metrics.accuracy:8.2%}   {speed:8,.0f}",
                 flush=True,
             )
-
             log_epoch(
                 run_dir,
                 epoch,
@@ -190,7 +217,7 @@ def main(config: Config, last: dict | None = None) -> None:
                     "pace/learning_rate": schedule.get_last_lr()[0],
                     "pace/images_per_second": speed,
                 },
-                validation={"charts/loss": loss, "charts/accuracy": accuracy},
+                validation={"charts/loss": loss, "charts/accuracy": metrics.accuracy},
                 model=model,
                 samples=train_set.__getitems__(list(range(40))),
             )
@@ -203,12 +230,12 @@ def main(config: Config, last: dict | None = None) -> None:
                 "model": config.model,
                 "weights": model.state_dict(),
                 "epoch": epoch,
-                "validation_accuracy": accuracy,
+                "validation_accuracy": metrics.accuracy,
                 "config": config.to_save(),
                 "run": run_dir.name,
             }
-            if accuracy >= best_accuracy:
-                best_accuracy, best_epoch = accuracy, epoch
+            if metrics.accuracy >= best_accuracy:
+                best_accuracy, best_epoch = metrics.accuracy, epoch
                 save_checkpoint(best_path, checkpoint)
             checkpoint["best"] = (best_accuracy, best_epoch)
             checkpoint["optimizer"] = optimizer.state_dict()
@@ -216,10 +243,16 @@ def main(config: Config, last: dict | None = None) -> None:
             save_checkpoint(last_path, checkpoint)
             guard.saved = epoch
 
-        settings = {n: v for n, v in config.to_save().items() if n not in MAY_CHANGE}
-        results = {"final/best_accuracy": best_accuracy, "final/best_epoch": best_epoch}
-        confusion = measure(logits, labels).confusion
-        log_end(run_dir, epochs, settings, results, model, validation_set, logits, confusion)
+        if rank == 0:
+            settings = {n: v for n, v in config.to_save().items() if n not in MAY_CHANGE}
+            results = {"final/best_accuracy": best_accuracy, "final/best_epoch": best_epoch}
+            log_end(
+                run_dir, epochs, settings, results, model, validation_set, logits, metrics.confusion
+            )
+
+    leave_processes()
+    if rank > 0:
+        return
 
     # Where to look next.
     lock.release()
@@ -240,7 +273,7 @@ def train_epoch(
 
     Returns:
         The mean loss, the share of images classified correctly (0 to 1), both while the weights
-        were changing and on augmented images, and the number of images.
+        were changing and on augmented images, and the number of images; of all processes together.
 
     Raises:
         FloatingPointError: if a loss is infinite or not a number.
@@ -249,7 +282,8 @@ def train_epoch(
     images_seen = 0
     losses, correct = [], []  # these stay on the device: reading one makes the CPU wait for it
     for images, labels in batches:
-        images, labels = images.to(device), labels.to(device)
+        images = images.to(device, non_blocking=True)
+        labels = labels.to(device, non_blocking=True)
 
         logits = model(images)  # forward: records the graph
         loss = loss_function(logits, labels)  # one number: how wrong
@@ -263,10 +297,11 @@ def train_epoch(
         correct.append((logits.detach().argmax(dim=1) == labels).sum())
 
     losses, correct = torch.stack(losses).tolist(), torch.stack(correct).sum().item()
-    for step, loss in enumerate(losses, start=1):
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"in step {step} the loss became {loss}")
-    return sum(losses) / images_seen, correct / images_seen, images_seen
+    total, correct, images_seen = sum_over_processes([sum(losses), correct, images_seen], device)
+    if not math.isfinite(total):
+        step = [math.isfinite(loss) for loss in [*losses, math.nan]].index(False)
+        raise FloatingPointError(f"in step {step + 1} the loss became infinite or not a number")
+    return total / images_seen, correct / images_seen, int(images_seen)
 
 
 def parse_args() -> tuple[Config, dict | None]:

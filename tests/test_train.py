@@ -88,9 +88,12 @@ def test_a_seed_decides_the_weights_bit_for_bit(data_dir, tmp_path):
 
 def test_an_epoch_is_random_in_its_own_way_whatever_came_before(data_dir, tmp_path, monkeypatch):
     augmented, set_epoch = [], MNISTDataset.set_epoch
-    monkeypatch.setattr(
-        MNISTDataset, "set_epoch", lambda self, e: (augmented.append(e), set_epoch(self, e))
-    )
+
+    def note(self, epoch, strength=1.0):
+        augmented.append((epoch, strength))
+        set_epoch(self, epoch, strength)
+
+    monkeypatch.setattr(MNISTDataset, "set_epoch", note)
 
     def random_numbers_of_three_epochs(drawn_before):
         numbers = []
@@ -107,7 +110,7 @@ def test_an_epoch_is_random_in_its_own_way_whatever_came_before(data_dir, tmp_pa
 
     numbers = random_numbers_of_three_epochs(drawn_before=0)
     assert len(set(numbers)) == 3
-    assert [epoch for epoch in augmented if epoch > 0] == [1, 2, 3]
+    assert [e for e in augmented if e[0] > 0] == [(1, 1), (2, 1 - 1 / 3), (3, 1 - 2 / 3)]
     assert random_numbers_of_three_epochs(drawn_before=7) == numbers
 
 
@@ -127,7 +130,7 @@ def test_both_scripts_from_another_folder_with_no_paths_given(run, checkout):
     assert result.stderr == ""  # no bar, no warning
     lines = result.stdout.splitlines()
     assert all(len(line) <= 80 or str(checkout) in line for line in lines)
-    assert "55,000 training and 5,000 validation images" in result.stdout
+    assert "55,000 training, 5,000 validation images" in result.stdout
     assert re.search(r"^  1/1( +[\d.]+ +[\d.]+%){2} +[\d,]+$", result.stdout, re.MULTILINE)
     assert lines[-1] == "Next: python evaluate.py"
     assert list((checkout / "runs").glob("*-cnn/events*"))

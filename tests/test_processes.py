@@ -1,0 +1,224 @@
+"""Training in several processes, started by torchrun as the README says."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from dataset import Batches, MNISTDataset, make_loader
+from evaluate import measure, predict
+from model import MODELS, build_model
+from train import Config, main
+from utils import load_checkpoint
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+@pytest.fixture
+def torchrun(checkout, small_data_dir, tmp_path):
+    """Start train.py in two processes, on few images; `processes` and others are torchrun's."""
+    running = []
+
+    def start(*flags, name="run", processes=2, command=(), torchrun_flags=("--standalone",), **env):
+        folders = ("--checkpoint-dir", tmp_path / name, "--log-dir", tmp_path / name / "runs")
+        parts = [*command, *TORCHRUN, *torchrun_flags, f"--nproc-per-node={processes}"]
+        parts += [checkout / "train.py", "--data-dir", small_data_dir, *folders, *flags]
+        process = subprocess.Popen(
+            [str(part) for part in parts],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"} | env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        running.append(process)
+        return process
+
+    yield start
+    for process in running:
+        with process:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out
+
+
+@pytest.mark.parametrize("samples, batch_size, processes", [(55_000, 128, 2), (1_100, 96, 3)])
+def test_together_the_processes_see_every_sample_once(samples, batch_size, processes):
+    shares = []
+    for rank in range(processes):
+        torch.manual_seed(5)
+        shares.append(list(Batches(samples, batch_size, True, rank, processes)))
+    assert sorted(i for share in shares for batch in share for i in batch) == list(range(samples))
+    sizes = {sum(map(len, batches)) for batches in zip(*shares, strict=True)}
+    assert max(sizes) <= batch_size and max(sizes) - min(sizes) <= processes
+    (least, *_, most) = sorted(len(batch) for share in shares for batch in share)
+    assert most - least <= 1 and least > 0
+
+
+def test_an_image_is_augmented_alike_whatever_the_number_of_processes(small_data_dir):
+    dataset = MNISTDataset(small_data_dir, "train", seed=3)
+    dataset.set_epoch(2)
+    seen = {}
+    for processes in (1, 2):
+        for rank in range(processes):
+            batches = Batches(len(dataset), 64, False, rank, processes)
+            loader = make_loader(dataset, 64, rank=rank, processes=processes)
+            for indices, (images, _) in zip(batches, loader, strict=True):
+                for index, image in zip(indices, images, strict=True):
+                    # Sums are rounded as the batch's shape suggests: equal but for that.
+                    torch.testing.assert_close(image, seen.setdefault(index, image))
+    assert len(seen) == len(dataset)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs libuv, which Windows lacks")
+class TestTorchrun:
+    def test_two_processes_train_as_one_model(self, torchrun, small_data_dir, tmp_path):
+        """Checkpoints, the log and what is printed come from rank 0, and are right for both."""
+        out = finish(torchrun("--epochs", 3, "--batch-size", 64))
+        assert out.count("Device       cpu, 2 processes") == 1
+        rows = re.findall(r"^ +(\d)/3 +([\d.]+) +[\d.]+% +([\d.]+) +([\d.]+%)", out, re.MULTILINE)
+        assert [row[0] for row in rows] == ["1", "2", "3"]
+        assert float(rows[2][1]) < float(rows[0][1])
+        assert len(list((tmp_path / "run" / "runs").iterdir())) == 1
+
+        # One process, with the same weights, measures the same on validation images, to the digit.
+        last = load_checkpoint(tmp_path / "run" / "last.pt", MODELS)
+        model = build_model("cnn")
+        model.load_state_dict(last["weights"])
+        validation_set = MNISTDataset(small_data_dir, "validation")
+        loader = make_loader(validation_set, batch_size=1_000)
+        logits, labels = predict(model, loader, torch.device("cpu"))
+        loss = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.05)
+        assert rows[2][2] == f"{loss.item():.4f}"
+        assert last["validation_accuracy"] == measure(logits, labels).accuracy
+        assert rows[2][3] == f"{last['validation_accuracy']:.2%}"
+
+    @pytest.mark.slow
+    def test_a_run_goes_on_in_one_process_and_in_two(self, torchrun, tmp_path, small_data_dir):
+        folder = tmp_path / "run"
+        config = Config(
+            epochs=3, data_dir=small_data_dir, checkpoint_dir=folder, log_dir=folder / "runs"
+        )
+
+        class Stop(Exception):
+            pass
+
+        def stop_after_an_epoch(*_, **__):
+            raise Stop
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("train.save_checkpoint", save_then(stop_after_an_epoch))
+            with pytest.raises(Stop):
+                main(config)
+        assert load_checkpoint(folder / "last.pt", MODELS)["epoch"] == 1
+        finish(torchrun("--resume"))
+        last = load_checkpoint(folder / "last.pt", MODELS)
+        assert last["epoch"] == 3
+        assert set(last["weights"]) == set(build_model("cnn").state_dict())  # no prefix of DDP's
+
+    def test_a_batch_that_cannot_be_shared_is_refused(self, torchrun, tmp_path):
+        process = torchrun("--batch-size", 33)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode != 0
+        assert "--batch-size 33" in err and "use a multiple of 2" in err
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.slow
+    def test_a_process_that_dies_ends_the_run(self, torchrun):
+        process = torchrun("--epochs", 10_000)
+        for line in process.stdout:
+            if re.match(r" +2/", line):
+                break
+        children = subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
+        ).stdout.split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        start = time.monotonic()
+        process.communicate(timeout=100)
+        assert process.returncode != 0
+        assert time.monotonic() - start < 90
+
+    @pytest.mark.slow
+    def test_ctrl_c_ends_all_processes_and_keeps_the_last_epoch(self, torchrun, tmp_path):
+        process = torchrun("--epochs", 10_000)
+        for line in process.stdout:
+            if re.match(r" +2/", line):
+                break
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        process.communicate(timeout=100)
+        assert process.returncode != 0
+        assert load_checkpoint(tmp_path / "run" / "last.pt", MODELS)["epoch"] >= 1
+
+    @pytest.mark.slow
+    def test_two_machines(self, torchrun, two_machines, tmp_path):
+        port = 29_400
+        processes = [
+            torchrun(
+                *("--epochs", 2, "--batch-size", 64),
+                processes=1,
+                command=("ip", "netns", "exec", machine),
+                torchrun_flags=(
+                    *("--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=test"),
+                    f"--rdzv-endpoint={two_machines[0][1]}:{port}",
+                    f"--local-addr={address}",
+                    f"--rdzv-conf=is_host={int(address == two_machines[0][1])}",
+                ),
+                GLOO_SOCKET_IFNAME=cable,
+            )
+            for machine, address, cable in two_machines
+        ]
+        outs = [finish(process) for process in processes]
+        assert sum("2 processes" in out for out in outs) == 1
+        assert load_checkpoint(tmp_path / "run" / "last.pt", MODELS)["epoch"] == 2
+
+
+def save_then(act):
+    """save_checkpoint, but after last.pt is written something happens."""
+    from utils import save_checkpoint
+
+    def save(path, checkpoint):
+        save_checkpoint(path, checkpoint)
+        if path.name == "last.pt":
+            act()
+
+    return save
+
+
+@pytest.fixture
+def two_machines():
+    """Two network namespaces, joined by a cable: for each its name, address, and end of it."""
+    if not shutil.which("ip"):
+        pytest.skip("needs the command ip, of Linux")
+    name = f"t{os.getpid()}"
+    machines = [(f"{name}-{i}", f"10.211.77.{i}", f"{name}e{i}") for i in (1, 2)]
+    ends = [end for _, _, end in machines]
+    try:
+        commands = [["ip", "netns", "add", machine] for machine, _, _ in machines]
+        commands += [["ip", "link", "add", ends[0], "type", "veth", "peer", "name", ends[1]]]
+        for machine, address, end in machines:
+            commands += [
+                ["ip", "link", "set", end, "netns", machine],
+                ["ip", "-n", machine, "addr", "add", f"{address}/24", "dev", end],
+                ["ip", "-n", machine, "link", "set", end, "up"],
+                ["ip", "-n", machine, "link", "set", "lo", "up"],
+            ]
+        for command in commands:
+            made = subprocess.run(command, capture_output=True, text=True)
+            if made.returncode:
+                pytest.skip(f"no network namespaces on this machine: {made.stderr.strip()}")
+        yield machines
+    finally:
+        for machine, _, _ in machines:
+            subprocess.run(["ip", "netns", "del", machine], capture_output=True)
