@@ -161,6 +161,8 @@ def join_processes(device: torch.device) -> tuple[torch.device, int, int]:
         sys.exit("--device mps: several processes need cuda or cpu")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # a GPU for each process
+        if device.index >= torch.cuda.device_count():
+            sys.exit(f"--nproc-per-node: this machine has {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if dist.get_rank() > 0:
@@ -423,8 +425,9 @@ class Guard:
             self.end_at_once(error)
         threading.excepthook = threading.__excepthook__
         line = self.explain(error)
-        if line:
+        if line and os.environ.get("RANK", "0") == "0":  # of several processes one speaks
             print(f"\n{line}" if sys.stderr.isatty() else line, file=sys.stderr)
+        if line:
             sys.exit(128 + self.signal if self.signal else 1)
 
     def explain(self, error: BaseException | None) -> str | None:

@@ -1,4 +1,5 @@
 import re
+import shutil
 
 import pytest
 import torch
@@ -204,6 +205,20 @@ def test_help_shows_each_setting_with_its_default(run_here):
         elif not isinstance(default, bool):
             shown = default.name if hasattr(default, "name") else default
             assert f"(default: {shown})" in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="on a CPU torch.compile needs a C++ compiler")
+def test_a_compiled_model_learns_the_same(run, small_data_dir, tmp_path):
+    losses = {}
+    for name, flags in (("eager", []), ("compiled", ["--compile"])):
+        folders = ("--checkpoint-dir", tmp_path / name, "--log-dir", tmp_path / name)
+        result = run("train.py", "--dry-run", *flags, "--data-dir", small_data_dir, *folders)
+        assert result.returncode == 0, result.stderr
+        losses[name] = float(re.search(r"^ +1/1 +([\d.]+)", result.stdout, re.MULTILINE)[1])
+        last = load_checkpoint(tmp_path / name / "last.pt", MODELS)
+        assert set(last["weights"]) == set(build_model("cnn").state_dict())
+    assert losses["compiled"] == pytest.approx(losses["eager"], rel=0.02)
 
 
 @pytest.mark.slow
