@@ -37,8 +37,8 @@ class CNN(nn.Module):
         self.block1 = conv_block(1, 24, kernel_size=5, pool=True)
         self.block2 = conv_block(24, 48)
         self.block3 = conv_block(48, 64, pool=True)
-        self.block4 = conv_block(64, 128)
-        self.classifier = nn.Linear(128 * 2 * 2, classes)
+        self.block4 = conv_block(64, 96)
+        self.classifier = nn.Linear(96 * 2 * 2, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 1, 28, 28) float32, normalised, to logits (N, classes).
@@ -49,13 +49,13 @@ class CNN(nn.Module):
         return self.classifier(self.features(images))
 
     def features(self, images: Tensor) -> Tensor:
-        """What the last layer decides upon, (N, 512)."""
+        """What the last layer decides upon, (N, 384)."""
         check_shape(images)
         x = self.block1(images)  # (N, 24, 12, 12)
         x = self.block2(x)  # (N, 48, 10, 10)
         x = self.block3(x)  # (N, 64, 4, 4)
-        x = self.block4(x)  # (N, 128, 2, 2)
-        return x.flatten(start_dim=1)  # (N, 512)
+        x = self.block4(x)  # (N, 96, 2, 2)
+        return x.flatten(start_dim=1)  # (N, 384)
 
 
 def conv_block(

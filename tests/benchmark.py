@@ -236,7 +236,7 @@ def training() -> tuple:
     model = prepare(build_model(Config.model), CPU, compile=False)
     optimizer = torch.optim.AdamW(model.parameters(), Config().lr, fused=True)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
-    return model, nn.CrossEntropyLoss(label_smoothing=0.05), optimizer, schedule
+    return model, nn.CrossEntropyLoss(label_smoothing=0.1), optimizer, schedule
 
 
 def steps() -> tuple[float, float, float]:

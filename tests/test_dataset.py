@@ -15,7 +15,6 @@ from torchvision import datasets
 
 from dataset import (
     MEAN,
-    SHIFT,
     STD,
     MNISTDataset,
     make_loader,
@@ -135,8 +134,8 @@ def test_augmentation_differs_between_images_epochs_and_seeds(data_dir):
 def test_augmentation_keeps_the_ink(sets, plain_train):
     indices = list(range(0, 55_000, 11))
     ratio = ink(sets["train"].__getitems__(indices)[0]) / ink(plain_train.__getitems__(indices)[0])
-    # A scale of 1 ± 0.07 changes areas by its square: 0.87 to 1.15, and its inverse.
-    assert ratio.min() > 0.82 and ratio.max() < 1.22
+    # A scale of 1 ± 0.06 changes areas by its square: 0.88 to 1.12, and its inverse.
+    assert ratio.min() > 0.85 and ratio.max() < 1.16
     assert abs(ratio.mean() - 1) < 0.03
 
 
@@ -144,14 +143,9 @@ def test_affine_maps_stay_near_the_identity():
     maps = random_affine_maps(10_000, np.random.default_rng(0))
     assert maps.shape == (10_000, 2, 3) and maps.dtype == torch.float32
     linear, shift = maps[:, :, :2], maps[:, :, 2]
-    assert (linear - torch.eye(2)).abs().max() < 0.4
-    assert SHIFT * 0.9 < shift.abs().max() * 14 <= SHIFT
+    assert (linear - torch.eye(2)).abs().max() < 0.3
+    assert 0.9 < shift.abs().max() * 14 <= 1
     torch.testing.assert_close(maps.mean(dim=0), torch.eye(2, 3), atol=0.01, rtol=0)
-
-    halved = random_affine_maps(10_000, np.random.default_rng(0), strength=0.5)
-    torch.testing.assert_close(halved[:, :, 2], shift / 2)
-    none = random_affine_maps(3, np.random.default_rng(0), strength=0)
-    assert torch.equal(none, torch.eye(2, 3).expand(3, 2, 3))
 
 
 def test_sampling_grid_equals_torch_affine_grid():
@@ -180,7 +174,7 @@ def test_a_shuffled_epoch_holds_each_image_once(sets):
     loader = make_loader(dataset, batch_size=128, shuffle=True)
     order_1 = torch.cat([labels for _, labels in loader])
     order_2 = torch.cat([labels for _, labels in loader])
-    assert [len(labels) for _, labels in loader] == [125] * 40
+    assert [len(labels) for _, labels in loader] == [128] * 39 + [8]
     assert not torch.equal(order_1, order_2)
     assert torch.equal(order_1.bincount(), dataset.labels.bincount())
 

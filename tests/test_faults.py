@@ -405,7 +405,7 @@ def test_flags_that_contradict_the_run_are_refused(run_here, settings, places, f
 def test_flags_that_agree_or_do_not_matter_are_accepted(run_here, settings, tmp_path):
     given = settings("run")
     main(Config(**given))
-    result = run_here("train.py", "--resume", "--lr=0.0150", "--workers=2", *as_flags(given))
+    result = run_here("train.py", "--resume", "--lr=0.010", "--workers=2", *as_flags(given))
     assert result.returncode == 0 and "is finished" in result.stdout
 
 
