@@ -200,7 +200,7 @@ def read_handwriting(
         for name, row in zip(names, probabilities, strict=True):
             (first, second), (digit, other) = (best.tolist() for best in row.topk(2))
             print(f"{name}: {digit} ({first:.1%}), then {other} ({second:.1%})")
-        figure = predictions_figure(names, images, probabilities)
+        figure = predictions_figure([Path(n).name for n in names], images, probabilities)
         failed |= not save_picture(figure, picture)
     sys.exit(1 if failed else 0)
 

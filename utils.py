@@ -171,8 +171,9 @@ def join_processes(device: torch.device) -> tuple[torch.device, int, int]:
 
 
 def leave_processes() -> None:
-    """Take leave of the other processes."""
+    """Take leave of the other processes, when all of them are done."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -63,6 +63,16 @@ def trained(data_dir, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def default_run(data_dir, tmp_path_factory):
+    """A folder with the checkpoints of a whole `python train.py`; it takes about a minute."""
+    from train import Config, main
+
+    folder = tmp_path_factory.mktemp("default_run")
+    main(Config(data_dir=data_dir, checkpoint_dir=folder, log_dir=folder))
+    return folder
+
+
 @pytest.fixture
 def run(checkout, tmp_path):
     """Run a script of the copied checkout as a user would, from another working directory."""

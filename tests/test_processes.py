@@ -44,8 +44,7 @@ def torchrun(checkout, small_data_dir, tmp_path):
     yield start
     for process in running:
         with process:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+            process.terminate()  # torchrun ends its processes, which have sessions of their own
 
 
 def finish(process):
