@@ -4,7 +4,7 @@
     python evaluate.py --checkpoint other.pt
     python evaluate.py my_digit.png other.jpg    # one digit in each picture
 
-The test set is read here and nowhere else: settings are chosen on the validation images, so the
+train.py never reads the test set: settings are chosen on the validation images, so the
 number printed here says how the model does on digits that nobody has looked at before. Pictures
 of the results are saved beside the checkpoint.
 """

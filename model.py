@@ -63,8 +63,9 @@ def conv_block(
 ) -> nn.Sequential:
     """Convolution, 2×2 max pooling where asked for, batch norm, ReLU.
 
-    Pooling usually comes last. Batch norm and ReLU then work on four times as many values, to the
-    same effect wherever the norm's scale is positive: the largest value stays the largest.
+    Pooling usually comes last, and batch norm and ReLU then work on four times as many values. With
+    the same statistics and a positive scale both orders give the same: the largest value stays the
+    largest. (In training the statistics differ: here they are those of the pooled values.)
     """
     return nn.Sequential(
         nn.Conv2d(channels_in, channels_out, kernel_size, bias=False),  # the norm has a bias

@@ -70,9 +70,10 @@ RECIPES = {
 
 @dataclass
 class Config:
-    """Every setting, with its unit and the reason for its default."""
+    """Every setting, with a line on what it is and, where there is one, why its default."""
 
     model: str = setting("cnn", MODELS, "network to train")
+    # A field that is True has a flag that turns it off, here --no-pretrained, and help for that.
     pretrained: bool = setting(True, bool, "start resnet18 from random weights, not ImageNet's")
     freeze_backbone: bool = setting(False, bool, "train only the last layer of resnet18, its head")
     epochs: int = setting(None, whole(1, 10_000), "passes over the training images")

@@ -119,7 +119,7 @@ def choose_device(name: str) -> torch.device:
 def prepare(model: nn.Module, device: torch.device, compile: bool) -> nn.Module:
     """Move a model to a device, and wrap it in what makes it fast there.
 
-    All that depends on the kind of device is here, but for `pin_memory` in train.py.
+    What depends on the kind of device is here, in `join_processes`, and `pin_memory` in train.py.
 
     Returns:
         The network to train with. It shares its weights with `model`, which is the one to save.

@@ -685,7 +685,7 @@ def test_twenty_kills_then_the_same_end(start, settings, tmp_path):
     while_saving = 0
     for _ in range(20):
         process = start("images/s", *flags, before=SLOW_SAVING)
-        time.sleep(moments.uniform(0, 2))
+        time.sleep(moments.uniform(0, 4))
         assert process.poll() is None, "it came to its end before it was killed 20 times"
         process.kill()
         process.wait()

@@ -28,9 +28,12 @@ COMMANDS = [
 
 # Names of other projects, and things that are no names: everything else must exist here.
 FOREIGN = {
-    *("tf.cond", "tf.while_loop", "dynamic_rnn", "tf.function", "MatMul_3", "vmap"),
+    *("tf.cond", "tf.while_loop", "dynamic_rnn", "scan", "tf.function", "MatMul_3"),
     *(
         "jax.jit",
+        "jax.grad",
+        "jax.vmap",
+        "jit",
         "lax.cond",
         "lax.scan",
         "nan",
