@@ -176,10 +176,19 @@ class Share(BatchSampler):
         batch_size: samples in a batch of all processes together; the last one may have fewer.
         rank: this process's number, from 0.
         processes: how many there are.
+
+    Raises:
+        SystemExit: with one line of advice, where a batch can't be shared.
     """
 
     def __init__(self, sampler: Sampler, batch_size: int, rank: int, processes: int):
         super().__init__(sampler, batch_size, drop_last=False)
+        last_batch = len(sampler) % batch_size or batch_size
+        if batch_size % processes or last_batch < processes:
+            sys.exit(
+                f"--batch-size {batch_size} can't be shared by {processes} processes: use a "
+                f"multiple of {processes} that leaves at least {processes} images at the end"
+            )
         self.rank, self.processes = rank, processes
 
     def __iter__(self) -> Iterator[list[int]]:

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import devices
+import utils
 from dataset import MEAN, STD, MNISTDataset, make_loader
 from handwriting import read_digit
 from model import MODELS, build_model
@@ -30,7 +32,6 @@ from pictures import (
     reliability_figure,
     save_picture,
 )
-from utils import DEVICES, Parser, choose_device, folder, load_checkpoint, load_weights, short
 
 ROOT = Path(__file__).resolve().parent
 
@@ -147,16 +148,16 @@ def report(metrics: Metrics, calibration_error: float) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    checkpoint = load_checkpoint(args.checkpoint, MODELS)
-    device = choose_device(args.device)
+    checkpoint = utils.load_checkpoint(args.checkpoint, MODELS)
+    device = devices.choose_device(args.device)
 
     # The checkpoint says which model its weights belong to.
     model = build_model(checkpoint["model"])
-    load_weights(model, checkpoint, args.checkpoint)
+    utils.load_weights(model, checkpoint, args.checkpoint)
     model.to(device)
 
     name, epoch = checkpoint["model"], checkpoint["epoch"]
-    print(f"Checkpoint  {short(args.checkpoint)}: {name}, after epoch {epoch}")
+    print(f"Checkpoint  {utils.short(args.checkpoint)}: {name}, after epoch {epoch}")
     folder = args.checkpoint.parent
     if args.images:
         read_handwriting(model, args.images, device, folder / "predictions.png")
@@ -206,7 +207,9 @@ def read_handwriting(
 
 
 def parse_args() -> argparse.Namespace:
-    parser = Parser(description="Measure a trained model on MNIST's test set, or on your images.")
+    parser = utils.Parser(
+        description="Measure a trained model on MNIST's test set, or on your images."
+    )
     parser.add_argument(
         "images",
         type=Path,
@@ -223,13 +226,13 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--device",
-        choices=DEVICES,
+        choices=devices.NAMES,
         default="auto",
         help="where to compute (default: auto, the fastest there is)",
     )
     parser.add_argument(
         "--data-dir",
-        type=folder,
+        type=utils.folder,
         default=ROOT / "data",
         metavar="D",
         help="folder of the MNIST files (default: data beside this script)",

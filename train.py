@@ -4,7 +4,7 @@
     python train.py --help   # every setting
 
 The story: settings, data, model, optimizer and schedule, log; then for each epoch train, validate,
-log, save. What an import brings in is one file away: dataset.py, model.py, evaluate.py, utils.py.
+log, save. What an import brings in is one file away: dataset.py, model.py, evaluate.py and so on.
 """
 
 import math
@@ -20,33 +20,12 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 from tqdm import tqdm
 
+import devices
+import utils
 from dataset import MNISTDataset, make_loader
 from evaluate import measure, predict
 from model import MODELS, build_model, parameter_groups
 from pictures import log_end, log_epoch, log_start
-from utils import (
-    DEVICES,
-    Guard,
-    choose_device,
-    earlier_checkpoints,
-    flags_of,
-    folder,
-    gather,
-    join_processes,
-    leave_processes,
-    load_checkpoint,
-    load_weights,
-    lock_folder,
-    new_run_dir,
-    one_after_the_other,
-    positive,
-    prepare,
-    save_checkpoint,
-    seed_epoch,
-    short,
-    sum_over_processes,
-    whole,
-)
 
 ROOT = Path(__file__).resolve().parent
 
@@ -76,17 +55,17 @@ class Config:
     # A field that is True has a flag that turns it off, here --no-pretrained, and help for that.
     pretrained: bool = setting(True, bool, "start resnet18 from random weights, not ImageNet's")
     freeze_backbone: bool = setting(False, bool, "train only the last layer of resnet18, its head")
-    epochs: int = setting(None, whole(1, 10_000), "passes over the training images")
-    lr: float = setting(None, positive, "peak learning rate, of the head if there is one")
-    batch_size: int = setting(128, whole(1, 55_000), "images a step, of all processes together")
-    seed: int = setting(0, whole(0, 2**32 - 1), "decides all that is random")
-    device: str = setting("auto", DEVICES, "where to compute; auto: the fastest there is")
-    workers: int = setting(0, whole(0, 256), "processes that load data; MNIST is quick without")
+    epochs: int = setting(None, utils.whole(1, 10_000), "passes over the training images")
+    lr: float = setting(None, utils.positive, "peak learning rate, of the head if there is one")
+    batch_size: int = setting(128, utils.whole(1, 55_000), "images a step, in all processes")
+    seed: int = setting(0, utils.whole(0, 2**32 - 1), "decides all that is random")
+    device: str = setting("auto", devices.NAMES, "where to compute; auto: the fastest there is")
+    workers: int = setting(0, utils.whole(0, 256), "processes that load data; 0: this one")
     compile: bool = setting(False, bool, "torch.compile the model; pays off on a GPU and long runs")
     dry_run: bool = setting(False, bool, "a few batches of one epoch: the whole path in seconds")
-    data_dir: Path = setting(ROOT / "data", folder, "folder of the MNIST files")
-    checkpoint_dir: Path = setting(ROOT / "checkpoints", folder, "folder for best.pt and last.pt")
-    log_dir: Path = setting(ROOT / "runs", folder, "folder for TensorBoard logs")
+    data_dir: Path = setting(ROOT / "data", utils.folder, "for the MNIST files")
+    checkpoint_dir: Path = setting(ROOT / "checkpoints", utils.folder, "for best.pt and last.pt")
+    log_dir: Path = setting(ROOT / "runs", utils.folder, "for TensorBoard logs")
 
     def __post_init__(self):
         for name, value in RECIPES[self.model].items():
@@ -106,19 +85,14 @@ def main(config: Config, last: dict | None = None) -> None:
     """Train a model; with the checkpoint `last` go on where that run stopped."""
     best_path, last_path = config.checkpoint_dir / "best.pt", config.checkpoint_dir / "last.pt"
     is_default = config.checkpoint_dir == Config.checkpoint_dir
-    where = "" if is_default else f" --checkpoint-dir {short(config.checkpoint_dir)}"
-    guard = Guard(f"python train.py --resume{where}", saved=last["epoch"] if last else 0)
+    where = "" if is_default else f" --checkpoint-dir {utils.short(config.checkpoint_dir)}"
+    guard = utils.Guard(f"python train.py --resume{where}", saved=last["epoch"] if last else 0)
 
     # One process, unless torchrun has started more: they share the work, and rank 0 has the say.
-    device, rank, processes = join_processes(choose_device(config.device))
-    if config.batch_size % processes:
-        sys.exit(
-            f"--batch-size {config.batch_size} can't be shared by {processes} processes: "
-            f"use a multiple of {processes}"
-        )
+    device, rank, processes = devices.join_processes(devices.choose_device(config.device))
 
     # Data: a Dataset knows single samples, a DataLoader makes shuffled batches of them.
-    with one_after_the_other():  # the first process unpacks what the others then find
+    with devices.one_after_the_other():  # the first process unpacks what the others then find
         train_set = MNISTDataset(config.data_dir, "train", config.seed)
         validation_set = MNISTDataset(config.data_dir, "validation")
     train_loader = make_loader(
@@ -130,26 +104,25 @@ def main(config: Config, last: dict | None = None) -> None:
         processes=processes,
         pin_memory=device.type == "cuda",
     )
-    if 0 < len(train_set) % config.batch_size < processes:
-        sys.exit(f"--batch-size {config.batch_size}: too few images are left for the last batch")
     share = torch.arange(len(validation_set)).tensor_split(processes)[rank].tolist()
     validation_loader = make_loader(Subset(validation_set, share), batch_size=1_000)
     epochs, steps = config.epochs, len(train_loader)
     if config.dry_run:
         epochs, steps = 1, min(steps, 10)
     if guard.saved >= epochs:
-        return print(f"The run in {short(last_path)} is finished. Next: python evaluate.py")
+        print(f"The run in {utils.short(last_path)} is finished. Next: python evaluate.py")
+        return
 
     # Model: its first weights are random too.
     torch.manual_seed(config.seed)
     pretrained = config.pretrained and not last  # a checkpoint has weights of its own
-    with one_after_the_other():  # the first process downloads the weights
+    with devices.one_after_the_other():  # the first process downloads the weights
         model = build_model(
             config.model, pretrained=pretrained, freeze_backbone=config.freeze_backbone
         )
     if last:
-        load_weights(model, last, last_path)
-    network = prepare(model, device, config.compile)
+        utils.load_weights(model, last, last_path)
+    network = devices.prepare(model, device, config.compile)  # model's weights, made fast
 
     # Loss, optimizer, schedule. Label smoothing asks for 91 % certainty, not 100: it keeps the
     # logits small. The one-cycle schedule warms the learning rate up, then lets it sink to zero.
@@ -160,30 +133,30 @@ def main(config: Config, last: dict | None = None) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rates, total_steps=epochs * steps, pct_start=0.25
     )
+    if devices.low_precision(device) is torch.float16:  # GPUs from before 2020
+        devices.scale_gradients(loss_function, optimizer, device)
     if last:
         optimizer.load_state_dict(last["optimizer"])
         schedule.load_state_dict(last["schedule"])
 
     # Places to write to. The log is for TensorBoard: `tensorboard --logdir runs`.
     if rank == 0:
-        lock = lock_folder(config.checkpoint_dir)
-        run_dir = (
-            config.log_dir / last["run"] if last else new_run_dir(config.log_dir, config.model)
-        )
-        earlier = {} if last else earlier_checkpoints(best_path, last_path)
+        lock = utils.lock_folder(config.checkpoint_dir)
+        new = None if last else utils.new_run_dir(config.log_dir, config.model)
+        run_dir = new or config.log_dir / last["run"]
+        earlier = {} if last else utils.earlier_checkpoints(best_path, last_path)
 
         total = sum(weight.numel() for weight in model.parameters())
         trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         by = "1 process" if processes == 1 else f"{processes} processes"
+        sizes = f"{len(train_set):,} training, {len(validation_set):,} validation"
         print(f"Device       {device}, {by} (PyTorch {torch.__version__})")
-        print(
-            f"Data         {len(train_set):,} training, {len(validation_set):,} validation images"
-        )
+        print(f"Data         {sizes} images")
         print(f"Model        {config.model}, {total:,} parameters, {trained:,} to train")
         print(f"Training     {epochs} epochs of {steps} steps of {config.batch_size} images")
         print(f"             learning rate up to {' and '.join(f'{rate:g}' for rate in rates)}")
-        print(f"Log          {short(run_dir)}")
-        print(f"Checkpoints  {short(config.checkpoint_dir)}")
+        print(f"Log          {utils.short(run_dir)}")
+        print(f"Checkpoints  {utils.short(config.checkpoint_dir)}")
         for kept in earlier.values():
             print(f"             an earlier run's is kept as {kept.name}")
         print("\n          --- training ---   -- validation --")
@@ -194,7 +167,7 @@ def main(config: Config, last: dict | None = None) -> None:
         if rank == 0 and not last:
             log_start(run_dir, config.to_save(), model, validation_set[0][0][None].to(device))
         for epoch in range(guard.saved + 1, epochs + 1):
-            seed_epoch(config.seed, epoch)
+            utils.seed_epoch(config.seed, epoch)
             train_set.set_epoch(epoch)
             batches = guard.steps(islice(train_loader, steps))
             no_bar = None if rank == 0 else True  # None: a bar on a terminal, none in a file
@@ -205,7 +178,7 @@ def main(config: Config, last: dict | None = None) -> None:
             )
             speed = images / (time.perf_counter() - start)
 
-            logits, labels = gather(*predict(network, validation_loader, device))
+            logits, labels = devices.gather(*predict(network, validation_loader, device))
             loss = loss_function(logits, labels).item()
             metrics = measure(logits, labels)
             if not math.isfinite(loss):
@@ -247,11 +220,11 @@ def main(config: Config, last: dict | None = None) -> None:
             }
             if metrics.accuracy >= best_accuracy:
                 best_accuracy, best_epoch = metrics.accuracy, epoch
-                save_checkpoint(best_path, checkpoint)
+                utils.save_checkpoint(best_path, checkpoint)
             checkpoint["best"] = (best_accuracy, best_epoch)
             checkpoint["optimizer"] = optimizer.state_dict()
             checkpoint["schedule"] = schedule.state_dict()
-            save_checkpoint(last_path, checkpoint)
+            utils.save_checkpoint(last_path, checkpoint)
             guard.saved = epoch
 
         if rank == 0:
@@ -261,13 +234,13 @@ def main(config: Config, last: dict | None = None) -> None:
                 run_dir, epochs, settings, results, model, validation_set, logits, metrics.confusion
             )
 
-    leave_processes()
+    devices.leave_processes()
     if rank > 0:
         return
 
     # Where to look next.
     lock.release()
-    best = short(best_path)
+    best = utils.short(best_path)
     print(f"\nBest validation accuracy: {best_accuracy:.2%} (epoch {best_epoch}), saved in {best}")
     print(f"Next: python evaluate.py{'' if is_default else f' --checkpoint {best}'}")
 
@@ -308,9 +281,12 @@ def train_epoch(
         correct.append((logits.detach().argmax(dim=1) == labels).sum())
 
     losses, correct = torch.stack(losses).tolist(), torch.stack(correct).sum().item()
-    total, correct, images_seen = sum_over_processes([sum(losses), correct, images_seen], device)
+    total, correct, images_seen = devices.sum_over_processes(
+        [sum(losses), correct, images_seen], device
+    )
     if not math.isfinite(total):
-        step = [math.isfinite(loss) for loss in [*losses, math.nan]].index(False)
+        losses.append(math.nan)  # where this process's losses are fine: after its last step
+        step = [math.isfinite(loss) for loss in losses].index(False)
         raise FloatingPointError(f"in step {step + 1} the loss became infinite or not a number")
     return total / images_seen, correct / images_seen, int(images_seen)
 
@@ -321,13 +297,13 @@ def parse_args() -> tuple[Config, dict | None]:
         name: ", ".join(f"{recipe[name]} for {model}" for model, recipe in RECIPES.items())
         for name in ("epochs", "lr")
     }
-    parser = flags_of(Config, "Train a classifier of handwritten digits.", by_model)
+    parser = utils.flags_of(Config, "Train a classifier of handwritten digits.", by_model)
     parser.add_argument("--resume", action="store_true", help="go on with the run in last.pt")
     given = vars(parser.parse_args())  # only the flags that were given
     last = None
     if given.pop("resume", False):
         checkpoint_dir = given.setdefault("checkpoint_dir", Config.checkpoint_dir)
-        last = load_checkpoint(checkpoint_dir / "last.pt", MODELS)
+        last = utils.load_checkpoint(checkpoint_dir / "last.pt", MODELS)
         if "optimizer" not in last:
             sys.exit("last.pt is a copy of a best.pt: it lacks what training needs to go on")
         stored = last["config"]

@@ -1,4 +1,4 @@
-"""What would interrupt the story in train.py: flags, devices, seeds, checkpoints, interruptions."""
+"""What would interrupt the story in train.py: flags, seeds, checkpoints, interruptions."""
 
 import argparse
 import io
@@ -11,18 +11,14 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from filelock import FileLock, Timeout
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
-DEVICES = ("auto", "cuda", "mps", "cpu")
 FORMAT = 1  # of checkpoints: count up when old programs could not read new ones
 LOCK_SECONDS = 10  # the loading processes of a killed run keep its lock for about 5
 
@@ -94,116 +90,7 @@ def flags_of(settings: type, description: str, defaults: dict[str, str]) -> Pars
     return parser
 
 
-# Devices, processes, seeds
-
-
-def choose_device(name: str) -> torch.device:
-    """The device to compute on: the one asked for, or for "auto" the first there is.
-
-    Raises:
-        SystemExit: with one line of advice, where the machine has no such device.
-    """
-    available = {
-        "cuda": torch.cuda.is_available(),  # NVIDIA, and AMD through ROCm
-        "mps": torch.backends.mps.is_available(),  # Apple
-        "cpu": True,
-    }
-    usable = [device for device, is_available in available.items() if is_available]
-    if name == "auto":
-        name = usable[0]
-    if name not in usable:
-        sys.exit(f"--device {name}: not available here; use auto or {' or '.join(usable)}")
-    return torch.device(name)
-
-
-def prepare(model: nn.Module, device: torch.device, compile: bool) -> nn.Module:
-    """Move a model to a device, and wrap it in what makes it fast there.
-
-    What depends on the kind of device is here, in `join_processes`, and `pin_memory` in train.py.
-
-    Returns:
-        The network to train with. It shares its weights with `model`, which is the one to save.
-    """
-    # channels_last keeps a pixel's channels side by side in memory: convolutions like that.
-    model.to(device, memory_format=torch.channels_last)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32: 10 bits of mantissa, on tensor cores
-        torch.backends.cudnn.benchmark = True  # try which convolution is fastest: shapes stay
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            model.forward = in_bfloat16(model.forward)
-    network = model
-    if dist.is_initialized():
-        # Has the mean of all processes' gradients ready when backward() returns.
-        network = DistributedDataParallel(network)
-    return torch.compile(network) if compile else network
-
-
-def in_bfloat16(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Mixed precision: convolutions and matrix products take bfloat16, the rest stays float32."""
-
-    def mixed(images: Tensor) -> Tensor:
-        with torch.autocast("cuda", torch.bfloat16):
-            logits = forward(images)
-        return logits.float()
-
-    return mixed
-
-
-def join_processes(device: torch.device) -> tuple[torch.device, int, int]:
-    """Meet the other processes that torchrun has started; without torchrun there are none.
-
-    Returns:
-        This process's device, its rank (0 in the first), and the number of processes.
-    """
-    if "RANK" not in os.environ:  # torchrun sets it
-        return device, 0, 1
-    if device.type == "mps":
-        sys.exit("--device mps: several processes need cuda or cpu")
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # a GPU for each process
-        if device.index >= torch.cuda.device_count():
-            sys.exit(f"--nproc-per-node: this machine has {torch.cuda.device_count()} GPUs")
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if dist.get_rank() > 0:
-        sys.stdout = io.StringIO()  # rank 0 speaks for all
-    return device, dist.get_rank(), dist.get_world_size()
-
-
-def leave_processes() -> None:
-    """Take leave of the other processes, when all of them are done."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-@contextmanager
-def one_after_the_other() -> Iterator[None]:
-    """Let the first process on each machine do something, and only then all others."""
-    waits = dist.is_initialized() and int(os.environ["LOCAL_RANK"]) > 0
-    if waits:
-        dist.barrier()
-    yield
-    if dist.is_initialized() and not waits:
-        dist.barrier()
-
-
-def gather(*shares: Tensor) -> tuple[Tensor, ...]:
-    """Put together, in the order of ranks, what each process has a share of (along dimension 0)."""
-    if not dist.is_initialized():
-        return shares
-    of_all = [None] * dist.get_world_size()
-    dist.all_gather_object(of_all, shares)
-    return tuple(torch.cat(parts) for parts in zip(*of_all, strict=True))
-
-
-def sum_over_processes(numbers: list[float], device: torch.device) -> list[float]:
-    """Sum each of some numbers over all processes."""
-    if not dist.is_initialized():
-        return numbers
-    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
-    dist.all_reduce(sums)
-    return sums.tolist()
+# Seeds
 
 
 def seed_epoch(seed: int, epoch: int) -> None:

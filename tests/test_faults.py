@@ -370,7 +370,7 @@ def test_a_step_logged_twice_is_shown_once(settings, tmp_path, monkeypatch, caps
             raise OSError(28, "No space left on device")
         save_checkpoint(path, checkpoint)
 
-    monkeypatch.setattr(train, "save_checkpoint", fail)
+    monkeypatch.setattr(utils, "save_checkpoint", fail)
     with pytest.raises(SystemExit):
         main(Config(**settings("run")))
     assert set(map(tuple, steps_logged(tmp_path / "run").values())) == {(1, 2)}

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils import choose_device, earlier_checkpoints, load_checkpoint, save_checkpoint, short
+from utils import earlier_checkpoints, load_checkpoint, save_checkpoint, short
 
 MODELS = ("cnn", "other")
 CHECKPOINT = {"model": "cnn", "weights": {}, "epoch": 1, "config": {}}
@@ -52,12 +52,6 @@ def test_earlier_checkpoints_get_names_that_do_not_clash(tmp_path):
     kept.touch()
     ((_, kept_too),) = earlier_checkpoints(best, last).items()
     assert kept_too not in (best, kept)
-
-
-def test_auto_chooses_a_device_that_can_compute():
-    device = choose_device("auto")
-    assert torch.ones(2, device=device).sum().item() == 2
-    assert choose_device("cpu") == torch.device("cpu")
 
 
 def test_paths_are_shown_as_a_person_would_type_them(tmp_path, monkeypatch):
