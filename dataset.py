@@ -83,8 +83,9 @@ class MNISTDataset(Dataset):
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """A batch in one go: images (N, 1, 28, 28) float32, normalised, and labels (N,) int64.
 
-        A DataLoader calls this in place of N calls of `__getitem__` where a Dataset has it. Here
-        that is the difference between waiting for data and not: see the README.
+        A DataLoader calls this in place of N calls of `__getitem__` where a Dataset has it. It
+        expects a list of samples, and collates them; this is a batch already, which `make_loader`
+        passes on as it is. That is the difference between waiting for data and not: see the README.
         """
         indices = torch.tensor(indices)
         images = self.images[indices].float() / 255  # 0 is background, 1 is ink
@@ -145,7 +146,11 @@ def split_indices(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def load_mnist(data_dir: Path | str, train: bool) -> datasets.MNIST:
-    """torchvision's MNIST: it downloads what is missing, checks the MD5 sums and unpacks."""
+    """torchvision's MNIST: it downloads what is missing, checks the MD5 sums and unpacks.
+
+    Raises:
+        SystemExit: with one line of advice, where that fails.
+    """
     raw = Path(data_dir, "MNIST", "raw")
     missing = [folder for folder in (raw, *raw.parents) if not folder.exists()]
     try:
@@ -215,6 +220,9 @@ def make_loader(
         rank: this training process's number, from 0.
         processes: training processes that share the data.
         pin_memory: lay batches where a GPU can fetch them while the CPU goes on.
+
+    Raises:
+        SystemExit: with one line of advice, where a batch can't be shared by the processes.
     """
     order = RandomSampler(dataset) if shuffle else SequentialSampler(dataset)
     return DataLoader(

@@ -3,7 +3,7 @@
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -22,7 +22,7 @@ def choose_device(name: str) -> torch.device:
     """
     available = {
         "cuda": torch.cuda.is_available(),  # NVIDIA, and AMD through ROCm
-        "mps": torch.backends.mps.is_available(),  # Apple
+        "mps": torch.backends.mps.is_available() and "RANK" not in os.environ,  # Apple
         "cpu": True,
     }
     usable = [device for device, is_available in available.items() if is_available]
@@ -31,14 +31,6 @@ def choose_device(name: str) -> torch.device:
     if name not in usable:
         sys.exit(f"--device {name}: not available here; use auto or {' or '.join(usable)}")
     return torch.device(name)
-
-
-def low_precision(device: torch.device) -> torch.dtype | None:
-    """The number format for mixed precision, where that pays off: on NVIDIA's GPUs."""
-    if device.type != "cuda":
-        return None
-    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bfloat16 else torch.float16  # the latter before Ampere (2020)
 
 
 def prepare(model: nn.Module, device: torch.device, compile: bool) -> nn.Module:
@@ -50,54 +42,57 @@ def prepare(model: nn.Module, device: torch.device, compile: bool) -> nn.Module:
     # channels_last keeps a pixel's channels side by side in memory: convolutions like that.
     model.to(device, memory_format=torch.channels_last)
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32: 10 bits of mantissa, on tensor cores
+        torch.set_float32_matmul_precision("high")  # TF32, for what is left in float32
         torch.backends.cudnn.benchmark = True  # try which convolution is fastest: shapes stay
-    if dtype := low_precision(device):
-        model.forward = in_mixed_precision(model.forward, device, dtype)
     network = model
     if dist.is_initialized():
         # Has the mean of all processes' gradients ready when backward() returns.
         network = DistributedDataParallel(network)
-    return torch.compile(network) if compile else network
+    if compile:
+        network = torch.compile(network)
+    dtype = low_precision(device)
+    return MixedPrecision(network, device, dtype) if dtype else network
 
 
-def in_mixed_precision(
-    forward: Callable[[Tensor], Tensor], device: torch.device, dtype: torch.dtype
-) -> Callable[[Tensor], Tensor]:
-    """Let convolutions and matrix products take 16 bits a number; the rest stays float32."""
-
-    def mixed(images: Tensor) -> Tensor:
-        with torch.autocast(device.type, dtype):
-            logits = forward(images)
-        return logits.float()
-
-    return mixed
+def low_precision(device: torch.device) -> torch.dtype | None:
+    """The number format for mixed precision, where that pays off."""
+    if device.type != "cuda":
+        return None
+    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bfloat16 else torch.float16  # NVIDIA's Turing (T4) lacks it
 
 
-def scale_gradients(
-    loss_function: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
-) -> None:
-    """Keep small gradients from becoming 0 in float16, whose smallest number is 6e-8.
+class MixedPrecision(nn.Module):
+    """A network whose convolutions and matrix products take 16 bits a number; the rest takes 32.
 
-    backward() then starts from a large number and not from 1, and step() divides by it: what
-    `torch.amp.GradScaler` does where it stands in the loop. A gradient that became too large for
-    float16 counts as 0, and the number is halved.
+    float16 reaches down to 6e-8 only, and smaller gradients would become 0. So they are multiplied
+    where they enter the network, and divided where they arrive at a weight, in float32. That is
+    what `torch.amp.GradScaler` does around the loop's statements; here they stay as they are. Its
+    number changes from step to step, this one is fixed; a gradient that overflows counts as 0.
+
+    Args:
+        network: takes images and gives logits.
+        device: where it is.
+        dtype: torch.bfloat16 or torch.float16.
     """
-    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10)
 
-    def scale(module: nn.Module, inputs: tuple, loss: Tensor) -> None:
-        if loss.requires_grad:
-            loss.register_hook(scaler.scale)
+    def __init__(self, network: nn.Module, device: torch.device, dtype: torch.dtype):
+        super().__init__()
+        self.network = network
+        self.autocast = torch.autocast(device.type, dtype)
+        self.scale = 1024 if dtype is torch.float16 else 1
+        if self.scale > 1:
+            for weight in network.parameters():
+                if weight.requires_grad:
+                    weight.register_hook(lambda grad: (grad / self.scale).nan_to_num(0, 0, 0))
 
-    def unscale(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        scaler.unscale_(optimizer)
-        for group in optimizer.param_groups:
-            for weight in group["params"]:
-                weight.grad.nan_to_num_(nan=0, posinf=0, neginf=0)
-        scaler.update()
-
-    loss_function.register_forward_hook(scale)
-    optimizer.register_step_pre_hook(unscale)
+    def forward(self, images: Tensor) -> Tensor:
+        with self.autocast:
+            logits = self.network(images)
+        logits = logits.float()
+        if self.scale > 1 and logits.requires_grad:
+            logits.register_hook(lambda grad: grad * self.scale)
+        return logits
 
 
 def join_processes(device: torch.device) -> tuple[torch.device, int, int]:
@@ -105,17 +100,20 @@ def join_processes(device: torch.device) -> tuple[torch.device, int, int]:
 
     Returns:
         This process's device, its rank (0 in the first), and the number of processes.
+
+    Raises:
+        SystemExit: with one line of advice, where a machine has fewer GPUs than processes.
     """
     if "RANK" not in os.environ:  # torchrun sets it
         return device, 0, 1
-    if device.type == "mps":
-        sys.exit("--device mps: several processes need cuda or cpu")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # a GPU for each process
         if device.index >= torch.cuda.device_count():
             sys.exit(f"--nproc-per-node: this machine has {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     if dist.get_rank() > 0:
         sys.stdout = io.StringIO()  # rank 0 speaks for all
     return device, dist.get_rank(), dist.get_world_size()
@@ -140,7 +138,11 @@ def one_after_the_other() -> Iterator[None]:
 
 
 def gather(*shares: Tensor) -> tuple[Tensor, ...]:
-    """Put together, in the order of ranks, what each process has a share of (along dimension 0)."""
+    """Put together, in the order of ranks, what each process has a share of.
+
+    Args:
+        shares: tensors on the CPU, to be put together along dimension 0.
+    """
     if not dist.is_initialized():
         return shares
     of_all = [None] * dist.get_world_size()

@@ -4,9 +4,9 @@
     python evaluate.py --checkpoint other.pt
     python evaluate.py my_digit.png other.jpg    # one digit in each picture
 
-train.py never reads the test set: settings are chosen on the validation images, so the
-number printed here says how the model does on digits that nobody has looked at before. Pictures
-of the results are saved beside the checkpoint.
+train.py never reads the test set: settings are chosen on the validation images, so that the number
+printed here says how the model does on digits that played no part in making it. Pictures of the
+results are saved beside the checkpoint.
 """
 
 import argparse
@@ -148,6 +148,7 @@ def report(metrics: Metrics, calibration_error: float) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    """Measure a checkpoint on the test set, or read images with it; end with an exit status."""
     checkpoint = utils.load_checkpoint(args.checkpoint, MODELS)
     device = devices.choose_device(args.device)
 
@@ -168,16 +169,19 @@ def main(args: argparse.Namespace) -> None:
 def measure_on_test_set(
     model: nn.Module, data_dir: Path, device: torch.device, picture_dir: Path
 ) -> None:
+    """Print how a model does on the test set, save three pictures, and exit: 1 if that failed."""
     test_set = MNISTDataset(data_dir, "test")
     print(f"Test set    {len(test_set):,} images, on {device}")
     logits, labels = predict(model, make_loader(test_set, batch_size=1_000), device)
     metrics = measure(logits, labels)
     *bins, error = reliability(logits, labels)
-    saved = [
-        save_picture(confusion_figure(metrics.confusion), picture_dir / "confusion.png"),
-        save_picture(mistakes_sheet(test_set, logits, 100), picture_dir / "mistakes.png"),
-        save_picture(reliability_figure(*bins, error), picture_dir / "reliability.png"),
-    ]
+    pictures = {
+        "confusion.png": confusion_figure(metrics.confusion),
+        "mistakes.png": mistakes_sheet(test_set, logits, at_most=100),
+        "reliability.png": reliability_figure(*bins, error),
+    }
+    print(f"Pictures    {', '.join(pictures)} in {utils.short(picture_dir)}")
+    saved = [save_picture(picture, picture_dir / name) for name, picture in pictures.items()]
     report(metrics, error)
     sys.exit(0 if all(saved) else 1)
 
@@ -185,7 +189,10 @@ def measure_on_test_set(
 def read_handwriting(
     model: nn.Module, paths: list[Path], device: torch.device, picture: Path
 ) -> None:
-    """Print which digit is in each file, and save a picture of what the model saw."""
+    """Print which digit is in each file, save a picture of what the model saw, and exit.
+
+    The exit status is 1 if a file could not be read, or the picture not be written.
+    """
     images, names, failed = [], [], False
     for path in paths:
         try:
@@ -202,6 +209,7 @@ def read_handwriting(
             (first, second), (digit, other) = (best.tolist() for best in row.topk(2))
             print(f"{name}: {digit} ({first:.1%}), then {other} ({second:.1%})")
         figure = predictions_figure([Path(n).name for n in names], images, probabilities)
+        print(f"Picture     {utils.short(picture)}")
         failed |= not save_picture(figure, picture)
     sys.exit(1 if failed else 0)
 

@@ -83,8 +83,9 @@ class ResNet18(nn.Module):
     knowledge is what we borrow. The head turns features into classes; ours are digits, so it is
     new and starts from random weights.
 
-    Another of torchvision's models takes three changes: WEIGHTS above, `models.resnet18`, and the
-    name of its last layer, `fc` here (`classifier` or `head` in others).
+    Another of torchvision's models takes three changes: WEIGHTS above, `models.resnet18`, and its
+    last layer, `fc` here. In DenseNet that is `classifier`, in Swin `head`; in VGG, MobileNet,
+    EfficientNet and ConvNeXt it is the last part of a Sequential, `classifier[-1]`.
 
     Args:
         classes: how many kinds of image to tell apart.

@@ -84,11 +84,16 @@ class Config:
 def main(config: Config, last: dict | None = None) -> None:
     """Train a model; with the checkpoint `last` go on where that run stopped."""
     best_path, last_path = config.checkpoint_dir / "best.pt", config.checkpoint_dir / "last.pt"
-    is_default = config.checkpoint_dir == Config.checkpoint_dir
-    where = "" if is_default else f" --checkpoint-dir {utils.short(config.checkpoint_dir)}"
-    guard = utils.Guard(f"python train.py --resume{where}", saved=last["epoch"] if last else 0)
+    resume = f"python {utils.short(ROOT / 'train.py')} --resume"
+    evaluate = f"python {utils.short(ROOT / 'evaluate.py')}"
+    if config.checkpoint_dir != Config.checkpoint_dir:
+        resume += f" --checkpoint-dir {utils.short(config.checkpoint_dir)}"
+        evaluate += f" --checkpoint {utils.short(best_path)}"
 
-    # One process, unless torchrun has started more: they share the work, and rank 0 has the say.
+    # On a first reading pass over guard, rank and processes. The guard turns Ctrl-C and a full disk
+    # into one line. Where torchrun has started several processes, they share the work, and rank 0
+    # has the say; usually there is one, and its share is everything.
+    guard = utils.Guard(resume, saved=last["epoch"] if last else 0)
     device, rank, processes = devices.join_processes(devices.choose_device(config.device))
 
     # Data: a Dataset knows single samples, a DataLoader makes shuffled batches of them.
@@ -110,8 +115,8 @@ def main(config: Config, last: dict | None = None) -> None:
     if config.dry_run:
         epochs, steps = 1, min(steps, 10)
     if guard.saved >= epochs:
-        print(f"The run in {utils.short(last_path)} is finished. Next: python evaluate.py")
-        return
+        print(f"The run in {utils.short(last_path)} is finished. Next: {evaluate}")
+        return devices.leave_processes()
 
     # Model: its first weights are random too.
     torch.manual_seed(config.seed)
@@ -133,8 +138,6 @@ def main(config: Config, last: dict | None = None) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rates, total_steps=epochs * steps, pct_start=0.25
     )
-    if devices.low_precision(device) is torch.float16:  # GPUs from before 2020
-        devices.scale_gradients(loss_function, optimizer, device)
     if last:
         optimizer.load_state_dict(last["optimizer"])
         schedule.load_state_dict(last["schedule"])
@@ -149,11 +152,12 @@ def main(config: Config, last: dict | None = None) -> None:
         total = sum(weight.numel() for weight in model.parameters())
         trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         by = "1 process" if processes == 1 else f"{processes} processes"
+        times = "1 epoch" if epochs == 1 else f"{epochs} epochs"
         sizes = f"{len(train_set):,} training, {len(validation_set):,} validation"
         print(f"Device       {device}, {by} (PyTorch {torch.__version__})")
         print(f"Data         {sizes} images")
         print(f"Model        {config.model}, {total:,} parameters, {trained:,} to train")
-        print(f"Training     {epochs} epochs of {steps} steps of {config.batch_size} images")
+        print(f"Training     {times} of {steps} steps of {config.batch_size} images")
         print(f"             learning rate up to {' and '.join(f'{rate:g}' for rate in rates)}")
         print(f"Log          {utils.short(run_dir)}")
         print(f"Checkpoints  {utils.short(config.checkpoint_dir)}")
@@ -165,7 +169,8 @@ def main(config: Config, last: dict | None = None) -> None:
     best_accuracy, best_epoch = last["best"] if last else (0.0, 0)
     with guard:  # Ctrl-C, a full disk, ...: one line, and at most the epoch in progress is lost
         if rank == 0 and not last:
-            log_start(run_dir, config.to_save(), model, validation_set[0][0][None].to(device))
+            image, _ = validation_set[0]
+            log_start(run_dir, config.to_save(), model, image[None].to(device))  # a batch of one
         for epoch in range(guard.saved + 1, epochs + 1):
             utils.seed_epoch(config.seed, epoch)
             train_set.set_epoch(epoch)
@@ -208,7 +213,7 @@ def main(config: Config, last: dict | None = None) -> None:
 
             # best.pt holds what evaluate.py needs, last.pt also what training needs to go on.
             while earlier:
-                path, kept = earlier.popitem()  # last.pt first
+                path, kept = earlier.popitem()
                 path.replace(kept)
             checkpoint = {
                 "model": config.model,
@@ -240,9 +245,9 @@ def main(config: Config, last: dict | None = None) -> None:
 
     # Where to look next.
     lock.release()
-    best = utils.short(best_path)
-    print(f"\nBest validation accuracy: {best_accuracy:.2%} (epoch {best_epoch}), saved in {best}")
-    print(f"Next: python evaluate.py{'' if is_default else f' --checkpoint {best}'}")
+    best = f"{best_accuracy:.2%} (epoch {best_epoch})"
+    print(f"\nBest validation accuracy: {best}, saved in {utils.short(best_path)}")
+    print(f"Next: {evaluate}")
 
 
 def train_epoch(
@@ -254,6 +259,14 @@ def train_epoch(
     device: torch.device,
 ) -> tuple[float, float, int]:
     """Show the model each batch once, and correct its weights after each.
+
+    Args:
+        model: takes images and gives logits (N, classes).
+        batches: images (N, 1, 28, 28) float32, and labels (N,) int64, on any device.
+        loss_function: of logits and labels; the mean over a batch.
+        optimizer: of the model's weights.
+        schedule: of its learning rate, one step a batch.
+        device: where the model is.
 
     Returns:
         The mean loss, the share of images classified correctly (0 to 1), both while the weights
@@ -285,7 +298,7 @@ def train_epoch(
         [sum(losses), correct, images_seen], device
     )
     if not math.isfinite(total):
-        losses.append(math.nan)  # where this process's losses are fine: after its last step
+        losses.append(math.nan)  # if ours are finite, another process's was not
         step = [math.isfinite(loss) for loss in losses].index(False)
         raise FloatingPointError(f"in step {step + 1} the loss became infinite or not a number")
     return total / images_seen, correct / images_seen, int(images_seen)
@@ -306,7 +319,7 @@ def parse_args() -> tuple[Config, dict | None]:
         last = utils.load_checkpoint(checkpoint_dir / "last.pt", MODELS)
         if "optimizer" not in last:
             sys.exit("last.pt is a copy of a best.pt: it lacks what training needs to go on")
-        stored = last["config"]
+        stored = asdict(Config()) | last["config"]  # a setting may be newer than the checkpoint
         for name in given.keys() - MAY_CHANGE:
             if given[name] != stored[name]:
                 parser.error(

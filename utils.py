@@ -1,6 +1,7 @@
 """What would interrupt the story in train.py: flags, seeds, checkpoints, interruptions."""
 
 import argparse
+import errno
 import io
 import math
 import os
@@ -249,6 +250,12 @@ class Interrupted(Exception):
     """A signal has asked the program to stop."""
 
 
+def cannot_write(error: BaseException | None) -> bool:
+    """Whether a disk is full, a folder not writable, or the like; other errors may be a bug."""
+    names = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO")  # not all on Windows
+    return isinstance(error, OSError) and errno.errorcode.get(error.errno) in names
+
+
 class Guard:
     """Whatever stops training costs the epoch in progress at most, and ends in one line.
 
@@ -290,7 +297,7 @@ class Guard:
 
     def end_with_thread(self, failure: threading.ExceptHookArgs) -> None:
         """tensorboardX writes in a thread: an error there would leave the main one waiting."""
-        if not isinstance(failure.exc_value, OSError):
+        if not cannot_write(failure.exc_value):
             return threading.__excepthook__(failure)
         self.end_at_once(failure.exc_value)
 
@@ -307,15 +314,16 @@ class Guard:
     def __exit__(self, kind: type, error: BaseException | None, traceback: object) -> None:
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
+        if cannot_write(error):
+            self.end_at_once(error)
         if self.signal and isinstance(error, Exception):
             error = Interrupted()  # whatever else the signal has broken on its way
-        if isinstance(error, OSError):
-            self.end_at_once(error)
         threading.excepthook = threading.__excepthook__
         line = self.explain(error)
-        if line and os.environ.get("RANK", "0") == "0":  # of several processes one speaks
-            print(f"\n{line}" if sys.stderr.isatty() else line, file=sys.stderr)
         if line:
+            of_all = isinstance(error, (FloatingPointError, Interrupted))
+            if not of_all or os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+                print(f"\n{line}" if sys.stderr.isatty() else line, file=sys.stderr)
             sys.exit(128 + self.signal if self.signal else 1)
 
     def explain(self, error: BaseException | None) -> str | None:
@@ -326,9 +334,9 @@ class Guard:
             return f"Epoch {epoch}: {error}. Try a smaller --lr{kept if self.saved else ''}"
         if isinstance(error, Interrupted):
             what = f"Stopped in epoch {epoch}"
-        elif isinstance(error, OSError):
+        elif cannot_write(error):
             what = f"Stopped in epoch {epoch}, cannot write: {error.strerror}"
-        elif isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        elif isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
             what = f"Stopped in epoch {epoch}, a process that loads data (--workers) has died"
         else:
             return None

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import evaluate
 import train
 import utils
+from dataset import MNISTDataset
 from model import MODELS
 from train import Config, main
 from utils import load_checkpoint, save_checkpoint
@@ -402,6 +404,17 @@ def test_flags_that_contradict_the_run_are_refused(run_here, settings, places, f
     assert contents(folder) == before
 
 
+def test_a_setting_newer_than_the_checkpoint_had_its_default(run_here, settings, tmp_path):
+    main(Config(**settings("run")))
+    path = tmp_path / "run" / "last.pt"
+    last = load_checkpoint(path, MODELS)
+    del last["config"]["batch_size"]  # as if --batch-size had come later
+    save_checkpoint(path, last)
+    folder = f"--checkpoint-dir={tmp_path / 'run'}"
+    one_line(run_here("train.py", "--resume", folder, "--batch-size=5"), 2, "batch-size 128")
+    assert run_here("train.py", "--resume", folder, "--batch-size=128").returncode == 0
+
+
 def test_flags_that_agree_or_do_not_matter_are_accepted(run_here, settings, tmp_path):
     given = settings("run")
     main(Config(**given))
@@ -482,7 +495,7 @@ def test_a_signal_stops_training_after_a_whole_epoch(
     time.sleep(0.05)
     os.killpg(process.pid, number)  # a terminal sends it to all processes of a command
     result = result_of(process)
-    one_line(result, status, "python train.py --resume --checkpoint-dir ")
+    one_line(result, status, "train.py --resume --checkpoint-dir ")
     saved = int(re.search(r"Epoch (\d+) is saved", result.stderr)[1])
     assert saved >= 2
     assert load_checkpoint(tmp_path / "run" / "last.pt", MODELS)["epoch"] == saved
@@ -652,6 +665,22 @@ def test_a_loading_process_that_is_killed(settings, in_epoch, capsys, tmp_path):
     assert line.count("\n") == 1
     assert "--workers" in line and "Epoch 1 is saved" in line and "--resume" in line
     assert load_checkpoint(tmp_path / "run" / "last.pt", MODELS)["epoch"] == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("error", [RuntimeError("stack expects equal sizes"), OSError("image cut")])
+def test_a_bug_in_a_dataset_keeps_its_traceback(settings, monkeypatch, error, workers):
+    """It is neither a loading process that has died nor a full disk."""
+
+    def fail(self, indices):
+        raise error
+
+    config = Config(**settings("run", workers=workers))
+    monkeypatch.setattr(MNISTDataset, "__getitems__", fail)
+    with pytest.raises((RuntimeError, OSError)) as stop:
+        main(config)
+    shown = "".join(traceback.format_exception(stop.value))
+    assert str(error) in shown and "in fail" in shown
 
 
 def test_a_second_run_in_the_same_folder_is_refused(

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from dataset import MEAN, STD, MNISTDataset
-from handwriting import read_digit
+from handwriting import paper_surface, read_digit
 from model import MODELS, build_model
 from utils import load_checkpoint
 
@@ -174,8 +174,17 @@ def test_specks_and_the_paper_s_edge_are_not_ink(test_set, tmp_path):
     draw = ImageDraw.Draw(dusty)
     for x, y in np.random.default_rng(0).integers(0, 220, (15, 2)).tolist():
         draw.rectangle((x, y, x + 1, y + 1), fill=0)
+    draw.rectangle((3, 3, 13, 13), fill=0)  # a blot, in a corner
     digits = [read_digit(save(picture, "", tmp_path)) for picture in (clean, dusty)]
     assert likeness(*digits) > 0.98
+
+
+def test_the_paper_s_brightness_is_found_beside_ink_of_the_same():
+    y, x = np.mgrid[-1:1:120j, -1:1:160j]
+    paper = 150 + 60 * x - 30 * y - 20 * x * y - 15 * x**2
+    grey = paper.copy()
+    grey[30:90, 60:100] -= 80  # as dark as paper elsewhere
+    assert np.abs(paper_surface(grey) - paper).max() < 0.1
 
 
 # evaluate.py with images

@@ -11,7 +11,14 @@ from tensorboard.util.tensor_util import make_ndarray
 from dataset import MNISTDataset
 from evaluate import measure, reliability
 from model import MODELS, build_model
-from pictures import confusion_figure, contact_sheet, mistakes_sheet, reliability_figure
+from pictures import (
+    confusion_figure,
+    contact_sheet,
+    log_start,
+    mistakes_sheet,
+    predictions_figure,
+    reliability_figure,
+)
 from train import Config, main
 from utils import load_checkpoint
 
@@ -138,6 +145,33 @@ def test_the_confusion_picture_says_how_often_each_digit_was_taken_for_each_othe
     texts = {text.get_position(): text.get_text() for text in axes.texts}
     assert texts[(9, 4)] == "7" and axes.get_xlabel() == "predicted digit"  # x, y
     assert len(texts) == 11 and "7 of 907 wrong" in axes.get_title()
+
+
+def test_the_reliability_picture_has_confidence_across_and_accuracy_up():
+    counts, confidence = torch.tensor([0, 5, 20]), torch.tensor([torch.nan, 0.5, 0.9])
+    accuracy = torch.tensor([torch.nan, 0.4, 1.0])
+    upper, lower = reliability_figure(counts, confidence, accuracy, ece=0.1).axes
+    curve = {line.get_label(): line for line in upper.lines}["this model"]
+    assert curve.get_xdata()[1:].tolist() == pytest.approx([0.5, 0.9])
+    assert curve.get_ydata()[1:].tolist() == pytest.approx([0.4, 1.0])
+    assert [bar.get_height() for bar in lower.patches] == [0, 5, 20]
+
+
+def test_predictions_are_shown_with_the_likeliest_digit():
+    probabilities = torch.tensor([[0.7, 0.1, 0.2], [0.0, 0.1, 0.9]])
+    figure = predictions_figure(["a.png", "b.png"], torch.zeros(2, 1, 28, 28), probabilities)
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["a.png", "0 (70.0%)", "b.png", "2 (90.0%)"]
+    heights = [bar.get_height() for bar in figure.axes[1].patches]
+    assert heights == pytest.approx([0.7, 0.1, 0.2])
+
+
+def test_logging_does_not_change_the_model(tmp_path):
+    model = build_model("cnn").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    log_start(tmp_path, {}, model, torch.randn(1, 1, 28, 28))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_evaluate_saves_pictures_beside_the_checkpoint(run_here, run_dir, small_data_dir, tmp_path):

@@ -1,5 +1,6 @@
 """Training in several processes, started by torchrun as the README says."""
 
+import json
 import os
 import re
 import shutil
@@ -76,6 +77,43 @@ def test_together_the_processes_see_every_image_once_and_alike(small_data_dir):
         )
         assert distances.min(dim=1).values.max() < 0.01
         assert distances.argmin(dim=1).unique().numel() == len(alone)
+
+
+def test_a_last_batch_too_small_to_share_is_refused():
+    dataset = torch.utils.data.TensorDataset(torch.zeros(13))
+    make_loader(dataset, batch_size=6, rank=1, processes=1)  # 1 image is left for one process
+    with pytest.raises(SystemExit, match="--batch-size 6 .* at least 2"):
+        make_loader(dataset, batch_size=6, rank=1, processes=2)
+
+
+TOGETHER = """
+import json, sys, time
+sys.path.insert(0, {project!r})
+import torch
+import devices
+
+device, rank, processes = devices.join_processes(torch.device("cpu"))
+with devices.one_after_the_other():
+    if rank == 0:
+        time.sleep(1)  # the other one waits
+    order = time.time()
+logits, labels = devices.gather(torch.full((rank + 1, 2), float(rank)), torch.tensor([rank]))
+sums = devices.sum_over_processes([rank + 1, 10.0], device)
+with open({out!r} + str(rank), "w") as file:
+    json.dump([order, logits.tolist(), labels.tolist(), sums, processes], file)
+devices.leave_processes()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs libuv, which Windows lacks")
+def test_processes_wait_gather_and_sum(checkout, tmp_path):
+    script = tmp_path / "together.py"
+    script.write_text(TOGETHER.format(project=str(checkout), out=str(tmp_path / "rank")))
+    subprocess.run([*TORCHRUN, "--standalone", "--nproc-per-node=2", script], check=True)
+    first, second = (json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1))
+    assert first[0] < second[0]
+    assert first[1:] == second[1:]
+    assert first[1:] == [[[0, 0], [1, 1], [1, 1]], [0, 1], [3, 20], 2]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs libuv, which Windows lacks")

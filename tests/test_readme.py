@@ -1,8 +1,12 @@
 """The README keeps its word: its Python runs, and what it names exists."""
 
+import ast
+import builtins
 import io
+import keyword
 import re
 import shlex
+import subprocess
 import sys
 from contextlib import redirect_stdout
 
@@ -25,28 +29,21 @@ COMMANDS = [
     if language == "sh"
     for command in block.splitlines()
 ]
+MULTI_MACHINE = [
+    command
+    for _, language, block in BLOCKS
+    if language == "text"
+    for command in block.replace("\\\n", " ").splitlines()
+    if "torchrun" in command
+]
 
 # Names of other projects, and things that are no names: everything else must exist here.
 FOREIGN = {
-    *("tf.cond", "tf.while_loop", "dynamic_rnn", "scan", "tf.function", "MatMul_3"),
-    *(
-        "jax.jit",
-        "jax.grad",
-        "jax.vmap",
-        "jit",
-        "torch.utils.data.default_collate([self[i] for i in indices])",
-        "torch.FloatTensor",
-        "torch.cuda.FloatTensor",
-        "lax.cond",
-        "lax.scan",
-        "nan",
-        "kill -9",
-        "lambda",
-        "breakpoint()",
-        "AccumulateGrad",
-        "NCCL_SOCKET_IFNAME",
-        "photos/cat/1.jpg",
-    ),
+    *("tf.cond", "tf.while_loop", "tf.function", "dynamic_rnn", "scan", "MatMul_3"),
+    *("jax.jit", "jax.grad", "jax.vmap", "jit", "lax.cond", "lax.scan"),
+    *("torch.FloatTensor", "torch.cuda.FloatTensor", "Byte", "Float", "AccumulateGrad", "nan"),
+    *("torchrun", "kill -9", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "photos/cat/1.jpg"),
+    "torch.utils.data.default_collate([self[i] for i in indices])",
 }
 
 
@@ -96,21 +93,32 @@ def test_links_lead_somewhere():
             assert (ROOT / link).exists(), link
 
 
+def names_in(code):
+    """What Python code names or defines; comments and texts do not count."""
+    names = set(keyword.kwlist) | set(dir(builtins))
+    for node in ast.walk(ast.parse(code)):
+        for field in ("id", "attr", "name", "arg", "module"):
+            names |= set(str(getattr(node, field, "")).split("."))
+    return names
+
+
 def test_every_name_exists():
-    source = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.rglob("*.py"))
-    source += (ROOT / "requirements.txt").read_text()
-    code = "\n".join(block for _, language, block in BLOCKS if language == "python")
+    known = set(dir(torch.nn)) | set(dir(torch.optim))
+    known |= names_in("\n".join(block for _, language, block in BLOCKS if language == "python"))
+    source = ""
+    for path in ROOT.glob("*.py"):
+        source += path.read_text(encoding="utf-8")
+        known |= {path.stem} | names_in(path.read_text(encoding="utf-8"))
     checked, missing = 0, []
     for name in set(NAMES) - FOREIGN:
-        if re.fullmatch(r"[\w/.-]+\.(py|md|txt|toml)", name):
-            missing += [] if (ROOT / name).exists() or list(ROOT.rglob(name)) else [name]
+        if re.fullmatch(r"[\w.-]+\.(pt|png|partial)", name):  # what scripts write
+            missing += [] if f'"{re.sub("-[0-9-]+|.partial", "", name)}"' in source else [name]
+        elif re.fullmatch(r"[\w/.-]+\.(py|md|txt|toml)", name):
+            missing += [] if (ROOT / name).exists() else [name]
         elif re.fullmatch(r"[A-Za-z_][\w.]*(\(.*\))?", name) and not name.startswith("session"):
             parts = re.sub(r"\(.*", "", name).strip(".").split(".")
-            missing += [
-                name
-                for part in parts
-                if not re.search(rf"\b{part}\b", source + code) and not hasattr(torch.nn, part)
-            ]
+            if not (ROOT / name).is_dir():
+                missing += [name for part in parts if part not in known]
         else:
             continue
         checked += 1
@@ -118,20 +126,29 @@ def test_every_name_exists():
     assert checked > 40
 
 
+def torchrun_help():
+    command = [sys.executable, "-m", "torch.distributed.run", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return text.replace("_", "-")
+
+
 def test_every_flag_exists(run_here):
     flags = {}
     for script in ("train.py", "evaluate.py"):
         flags[script] = set(re.findall(r"--[a-z-]+", run_here(script, "--help").stdout))
     known = set.union(*flags.values()) | {"--seeds", "--logdir"}
-    torchrun = {"--nproc-per-node"}
+    torchrun = set(re.findall(r"--[a-z-]+", torchrun_help()))
     for name in NAMES:
         if name.startswith("--"):
             assert name.split()[0] in known, name
-    for command in COMMANDS:
+    assert len(torchrun) > 10
+    for command in COMMANDS + MULTI_MACHINE:
         for script, known_here in flags.items():
             if script in command:
-                used = set(re.findall(r"--[a-z-]+", command))
-                assert used <= known_here | torchrun, command
+                before, _, after = command.rpartition(script)
+                assert set(re.findall(r"--[a-z-]+", after)) <= known_here, command
+                before = before.rpartition("torchrun")[2]  # srun's own flags come first
+                assert set(re.findall(r"--[a-z-]+", before)) <= torchrun, command
 
 
 def test_commands_that_end_quickly(run_here, trained, tmp_path):

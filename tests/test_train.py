@@ -133,7 +133,7 @@ def test_both_scripts_from_another_folder_with_no_paths_given(run, checkout):
     assert all(len(line) <= 80 or str(checkout) in line for line in lines)
     assert "55,000 training, 5,000 validation images" in result.stdout
     assert re.search(r"^  1/1( +[\d.]+ +[\d.]+%){2} +[\d,]+$", result.stdout, re.MULTILINE)
-    assert lines[-1] == "Next: python evaluate.py"
+    assert lines[-1] == f"Next: python {checkout / 'evaluate.py'}"
     assert list((checkout / "runs").glob("*-cnn/events*"))
 
     best = load_checkpoint(checkout / "checkpoints" / "best.pt", MODELS)
@@ -213,11 +213,16 @@ def test_a_compiled_model_learns_the_same(run, small_data_dir, tmp_path):
     losses = {}
     for name, flags in (("eager", []), ("compiled", ["--compile"])):
         folders = ("--checkpoint-dir", tmp_path / name, "--log-dir", tmp_path / name)
-        result = run("train.py", "--dry-run", *flags, "--data-dir", small_data_dir, *folders)
+        cache = tmp_path / f"cache-{name}"
+        result = run(
+            *("train.py", "--dry-run", *flags, "--data-dir", small_data_dir, *folders),
+            TORCHINDUCTOR_CACHE_DIR=str(cache),
+        )
         assert result.returncode == 0, result.stderr
         losses[name] = float(re.search(r"^ +1/1 +([\d.]+)", result.stdout, re.MULTILINE)[1])
         last = load_checkpoint(tmp_path / name / "last.pt", MODELS)
         assert set(last["weights"]) == set(build_model("cnn").state_dict())
+        assert bool(list(cache.rglob("*.so"))) == (name == "compiled")
     assert losses["compiled"] == pytest.approx(losses["eager"], rel=0.02)
 
 
