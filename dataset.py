@@ -24,6 +24,7 @@ from torch.utils.data import (
     RandomSampler,
     Sampler,
     SequentialSampler,
+    default_collate,
 )
 from torchvision import datasets
 
@@ -210,7 +211,7 @@ def make_loader(
     processes: int = 1,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Batches of a data set, as `MNISTDataset.__getitems__` makes them.
+    """Batches of a data set, made by its `__getitems__`, or of single samples if it has none.
 
     Args:
         dataset: where the samples come from.
@@ -235,9 +236,9 @@ def make_loader(
     )
 
 
-def keep_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """`__getitems__` has made a batch already; DataLoader's own collate would stack samples."""
-    return batch
+def keep_batch(batch: tuple[Tensor, Tensor] | list) -> tuple[Tensor, Tensor]:
+    """`__getitems__` has made a batch already; samples, as most Datasets give them, are stacked."""
+    return batch if isinstance(batch, tuple) else default_collate(batch)
 
 
 def ignore_ctrl_c(worker: int) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from torch.utils.data import TensorDataset
 from torchvision import datasets
 
 from dataset import (
@@ -177,6 +178,15 @@ def test_a_shuffled_epoch_holds_each_image_once(sets):
     assert [len(labels) for _, labels in loader] == [128] * 39 + [8]
     assert not torch.equal(order_1, order_2)
     assert torch.equal(order_1.bincount(), dataset.labels.bincount())
+
+
+def test_a_dataset_of_single_samples_is_batched_too():
+    """What most people write has `__getitem__` alone."""
+    images, labels = torch.randn(5, 1, 28, 28), torch.arange(5)
+    batches = list(make_loader(TensorDataset(images, labels), batch_size=2))
+    assert [len(x) for x, _ in batches] == [2, 2, 1]
+    assert torch.equal(torch.cat([x for x, _ in batches]), images)
+    assert torch.equal(torch.cat([y for _, y in batches]), labels)
 
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
