@@ -84,16 +84,16 @@ class Config:
 def main(config: Config, last: dict | None = None) -> None:
     """Train a model; with the checkpoint `last` go on where that run stopped."""
     best_path, last_path = config.checkpoint_dir / "best.pt", config.checkpoint_dir / "last.pt"
-    resume = f"python {utils.short(ROOT / 'train.py')} --resume"
-    evaluate = f"python {utils.short(ROOT / 'evaluate.py')}"
+    resume_command = f"python {utils.short(ROOT / 'train.py')} --resume"
+    evaluate_command = f"python {utils.short(ROOT / 'evaluate.py')}"
     if config.checkpoint_dir != Config.checkpoint_dir:
-        resume += f" --checkpoint-dir {utils.short(config.checkpoint_dir)}"
-        evaluate += f" --checkpoint {utils.short(best_path)}"
+        resume_command += f" --checkpoint-dir {utils.short(config.checkpoint_dir)}"
+        evaluate_command += f" --checkpoint {utils.short(best_path)}"
 
     # On a first reading pass over guard, rank and processes. The guard turns Ctrl-C and a full disk
     # into one line. Where torchrun has started several processes, they share the work, and rank 0
     # has the say; usually there is one, and its share is everything.
-    guard = utils.Guard(resume, saved=last["epoch"] if last else 0)
+    guard = utils.Guard(resume_command, saved=last["epoch"] if last else 0)
     device, rank, processes = devices.join_processes(devices.choose_device(config.device))
 
     # Data: a Dataset knows single samples, a DataLoader makes shuffled batches of them.
@@ -115,7 +115,7 @@ def main(config: Config, last: dict | None = None) -> None:
     if config.dry_run:
         epochs, steps = 1, min(steps, 10)
     if guard.saved >= epochs:
-        print(f"The run in {utils.short(last_path)} is finished. Next: {evaluate}")
+        print(f"The run in {utils.short(last_path)} is finished. Next: {evaluate_command}")
         return devices.leave_processes()
 
     # Model: its first weights are random too.
@@ -247,7 +247,7 @@ def main(config: Config, last: dict | None = None) -> None:
     lock.release()
     best = f"{best_accuracy:.2%} (epoch {best_epoch})"
     print(f"\nBest validation accuracy: {best}, saved in {utils.short(best_path)}")
-    print(f"Next: {evaluate}")
+    print(f"Next: {evaluate_command}")
 
 
 def train_epoch(
