@@ -63,7 +63,8 @@ def main() -> None:
     textbook_whole = imports + TEXTBOOK_EPOCHS * textbook["epoch"]
     loader, plain_loader = loader_speed(), textbook["loader"]
     step, bare_step, share_of_peak = steps()
-    quick = default_run(0, "--epochs", "1")  # the shortest run there is
+    shortest = [default_run(0, "--epochs", "1") for _ in range(3)]
+    quick = sorted(shortest, key=lambda run: run["seconds"])[1]
     size, plain_size = checkpoint_size(build_model("cnn")), checkpoint_size(textbook["model"])
     logging = logging_time(Config().epochs)
     ours, theirs = inference_speed(build_model("cnn")), inference_speed(textbook["model"])
@@ -83,7 +84,7 @@ def main() -> None:
             None,
         ),
         (
-            "99 % of test images right, from the start of the process",
+            "99 % of test images right, from the start (1 epoch)",
             f"{quick['seconds'] + quick_test:.0f} s ({quick['accuracy']:.2f} %)",
             f"{imports + plain_99:.0f} s",
             (imports + plain_99) / (quick["seconds"] + quick_test),

@@ -1,5 +1,9 @@
 """What a GPU brings is tried as far as a CPU can: the numbers, not the speed."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -17,6 +21,37 @@ def test_auto_chooses_a_device_that_can_compute():
     device = choose_device("auto")
     assert torch.ones(2, device=device).sum().item() == 2
     assert choose_device("cpu") == CPU
+
+
+STEPS = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from devices import prepare
+from model import build_model
+from train import train_epoch
+
+def faults_of(steps):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    batch = torch.randn(128, 1, 28, 28), torch.zeros(128, dtype=torch.int64)
+    train_epoch(network, [batch] * steps, torch.nn.CrossEntropyLoss(), optimizer, schedule, cpu)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+cpu = torch.device("cpu")
+network = prepare(build_model("cnn"), cpu, compile=False)
+optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
+faults_of(5)
+print(faults_of(10))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about Linux's C library")
+def test_the_memory_of_a_step_is_kept_for_the_next(checkout):
+    """A page fault means that the operating system has to hand out memory, and clear it."""
+    command = [sys.executable, "-c", STEPS, checkout]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert int(output) < 5_000  # three times as many, and more, where it is not kept
 
 
 def test_mixed_precision_learns_the_same(small_data_dir, tmp_path, monkeypatch):
