@@ -180,10 +180,10 @@ def measure_on_test_set(
         "mistakes.png": mistakes_sheet(test_set, logits, at_most=100),
         "reliability.png": reliability_figure(*bins, error),
     }
-    print(f"Pictures    {', '.join(pictures)} in {utils.short(picture_dir)}")
-    saved = [save_picture(picture, picture_dir / name) for name, picture in pictures.items()]
+    saved = [name for name, drawn in pictures.items() if save_picture(drawn, picture_dir / name)]
+    print(f"Pictures    {', '.join(saved) or 'none'} in {utils.short(picture_dir)}")
     report(metrics, error)
-    sys.exit(0 if all(saved) else 1)
+    sys.exit(0 if len(saved) == len(pictures) else 1)
 
 
 def read_handwriting(
@@ -209,8 +209,10 @@ def read_handwriting(
             (first, second), (digit, other) = (best.tolist() for best in row.topk(2))
             print(f"{name}: {digit} ({first:.1%}), then {other} ({second:.1%})")
         figure = predictions_figure([Path(n).name for n in names], images, probabilities)
-        print(f"Picture     {utils.short(picture)}")
-        failed |= not save_picture(figure, picture)
+        if save_picture(figure, picture):
+            print(f"Picture     {utils.short(picture)}")
+        else:
+            failed = True
     sys.exit(1 if failed else 0)
 
 

@@ -252,7 +252,7 @@ class Interrupted(Exception):
 
 def cannot_write(error: BaseException | None) -> bool:
     """Whether a disk is full, a folder not writable, or the like; other errors may be a bug."""
-    names = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO")  # not all on Windows
+    names = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "EPIPE")
     return isinstance(error, OSError) and errno.errorcode.get(error.errno) in names
 
 
