@@ -60,9 +60,9 @@ def keep_freed_memory() -> None:
     """Let the C library keep the memory of freed tensors, for those of the next step.
 
     Linux's gives large blocks back to the operating system, which hands them out again page by
-    page, each cleared: in the first epoch that took a quarter of the time. It keeps those that are
-    not larger than one that was freed before, up to 32 MB; so free such a one. Source: "dynamic
-    mmap threshold" in the manual page mallopt(3).
+    page, each cleared: in most runs that took a quarter of the first epoch's time. It keeps those
+    that are not larger than one that was freed before, up to 32 MB; so free such a one. Source:
+    "dynamic mmap threshold" in the manual page mallopt(3).
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)  # nobody holds it: freed at once
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import torch.profiler
 import torch.utils.flop_counter
 import torchvision
 from torch import nn
@@ -132,6 +133,10 @@ def main() -> None:
             f"| {n:,} | {seconds:.1f} | {each:.0f} "
             f"|   | {batch:,} | {other_seconds:.1f} | {other_each:.0f} |"
         )
+
+    print("\n| in a training step | share of the time |\n| --- | ---: |")
+    for name, share in step_shares().items():
+        print(f"| {name} | {share:.0%} |")
 
     print("\n| training | s an epoch | of full fine-tuning |\n| --- | ---: | ---: |")
     full, frozen, cnn = fine_tuning()
@@ -302,6 +307,30 @@ def steps() -> tuple[float, float, float]:
     epoch, bare_epoch, product = (5 * statistics.median(t[2:]) for t in (ours, bare, product))
     peak = 2 * 2_048**3 / (product / 5)
     return epoch, bare_epoch, 55_000 * flops_an_image / bare_epoch / peak
+
+
+def step_shares() -> dict[str, float]:
+    """Where a training step's time goes, by kind of operation, as torch.profiler sees it."""
+    kinds = {  # by what the name of an operation contains
+        "convolutions": ("convolution",),
+        "batch norm": ("batch_norm",),
+        "pooling, and clearing its gradients": ("max_pool", "aten::fill_", "aten::zero_"),
+        "ReLU": ("clamp_min", "threshold"),
+        "optimizer": ("adamw", "AdamW"),
+    }
+    model, loss_function, optimizer, schedule = training()
+    batch = torch.randn(Config.batch_size, 1, 28, 28), torch.randint(10, (Config.batch_size,))
+    others = (loss_function, optimizer, schedule, CPU)
+    train_epoch(model, [batch] * 5, *others)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        train_epoch(model, [batch] * 50, *others)
+    times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    total = sum(times.values())
+    shares = {
+        kind: sum(t for name, t in times.items() if any(part in name for part in parts)) / total
+        for kind, parts in kinds.items()
+    }
+    return shares | {"all else": 1 - sum(shares.values())}
 
 
 def logging_time(epochs: int) -> float:

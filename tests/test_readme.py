@@ -45,7 +45,6 @@ FOREIGN = {
     *(
         "torchrun",
         "kill -9",
-        "resource.getrusage",
         "GLOO_SOCKET_IFNAME",
         "NCCL_SOCKET_IFNAME",
         "photos/cat/1.jpg",
