@@ -1,246 +1,221 @@
-"""MNIST as a PyTorch Dataset: 55,000 images to train on, 5,000 to validate, 10,000 to test.
+"""MNIST as a PyTorch Dataset, and a picture of your own as one of its samples.
 
 A Dataset answers two questions: how many samples are there (`__len__`), and what is sample number
-i (`__getitem__`). A DataLoader asks them, in random order if told to, and hands out batches.
+i (`__getitem__`). A DataLoader asks them, in random order if told to, and hands out batches:
 
-    loader = make_loader(MNISTDataset("data", "train"), batch_size=128, shuffle=True)
+    loader = DataLoader(MNISTDataset("data", "train"), batch_size=128, shuffle=True)
     images, labels = next(iter(loader))  # (128, 1, 28, 28) float32 and (128,) int64
 """
 
-import signal
-import sys
-from collections.abc import Iterator
-from contextlib import suppress
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    RandomSampler,
-    Sampler,
-    SequentialSampler,
-    default_collate,
-)
+from torch.utils.data import Dataset
 from torchvision import datasets
 
-# Mean and standard deviation of all pixels of the 60,000 training images, on a scale from 0 to 1.
-MEAN, STD = 0.1307, 0.3081
-
-VALIDATION_EVERY = 12  # one image in 12, that is 5,000 of 60,000, is held out
-SPLIT_SEED = 0  # the same split in every run: results stay comparable
+from utils import InputError
 
 
 class MNISTDataset(Dataset):
-    """Handwritten digits with their labels.
+    """Handwritten digits with their labels: 55,000 to train, 5,000 to validate, 10,000 to test.
 
     Args:
         data_dir: folder that holds `MNIST/raw/`. Files missing there are downloaded.
         split: "train", "validation" or "test". Only "train" is augmented.
-        seed: together with the epoch it decides how each image is augmented.
+
+    Attributes:
+        classes: how many kinds of image there are: labels go from 0 to classes - 1.
 
     Raises:
-        SystemExit: with one line of advice, where the data is missing or damaged.
+        InputError: if the files can be neither read nor downloaded.
     """
 
-    def __init__(self, data_dir: Path | str, split: str, seed: int = 0):
+    def __init__(self, data_dir: Path | str, split: str):
         if split not in ("train", "validation", "test"):
             raise ValueError(f"split is {split!r}: use 'train', 'validation' or 'test'")
-        mnist = load_mnist(data_dir, train=split != "test")
+        try:  # torchvision downloads what is missing, checks MD5 sums, and unpacks
+            mnist = datasets.MNIST(data_dir, train=split != "test", download=True)
+        except Exception as error:  # whatever a damaged file or a network makes it raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            folder = Path(data_dir, "MNIST", "raw")
+            raise InputError(
+                f"MNIST can be neither read from {folder} nor downloaded (see --data-dir): {reason}"
+            ) from error
         images, labels = mnist.data, mnist.targets  # (N, 28, 28) uint8 and (N,) int64
-        if split != "test":
-            train, validation = split_indices(labels)
-            kept = train if split == "train" else validation
+        if len(images) != len(labels):
+            raise InputError(f"{data_dir}: {len(images):,} images have {len(labels):,} labels")
+        self.classes = labels.max().item() + 1
+        if split != "test":  # the same permutation in each run: results stay comparable
+            order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+            held_out = len(order) // 12  # 5,000 of 60,000
+            kept = order[held_out:] if split == "train" else order[:held_out]
             images, labels = images[kept], labels[kept]
 
         # All of MNIST is 55 MB as bytes: it stays in memory, and becomes float batch by batch.
-        self.images = images.unsqueeze(1)  # (N, 1, 28, 28): one grey channel
+        self.images = images.unsqueeze(1)  # (N, 1, 28, 28): one channel, grey
         self.labels = labels
         self.augment = split == "train"
-        self.seed = seed
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw this epoch's augmentation: one random affine map for each image.
-
-        Drawing it here, not in `__getitem__`, makes an image depend on (seed, epoch, index) alone:
-        not on the order of the samples, nor on which worker process loads it.
-        """
-        if self.augment:
-            self.maps = random_affine_maps(len(self), np.random.default_rng([self.seed, epoch]))
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """One sample: an image (1, 28, 28) float32, normalised, and its label () int64."""
-        images, labels = self.__getitems__([index])
-        return images[0], labels[0]
+        """One sample: an image (1, 28, 28) float32 from 0 (paper) to 1 (ink), a label () int64."""
+        return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """A batch in one go: images (N, 1, 28, 28) float32, normalised, and labels (N,) int64.
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
+        """Several samples in one go: a DataLoader prefers this, where a Dataset has it.
 
-        A DataLoader calls this in place of N calls of `__getitem__` where a Dataset has it. It
-        expects a list of samples, and collates them; this is a batch already, which `make_loader`
-        passes on as it is. That is the difference between waiting for data and not: see the README.
+        The images of a batch are augmented together, which is many times as fast as one by one.
         """
-        indices = torch.tensor(indices)
-        images = self.images[indices].float() / 255  # 0 is background, 1 is ink
+        indices = torch.tensor(indices, dtype=torch.int64)
+        images, labels = self.images[indices].float() / 255, self.labels[indices]
         if self.augment:
-            grid = sampling_grid(self.maps[indices])
-            images = F.grid_sample(images, grid, align_corners=False)  # outside the image: 0
-        return (images - MEAN) / STD, self.labels[indices]
+            images = random_affine(images)
+        return list(zip(images, labels, strict=True))
 
 
-def random_affine_maps(n: int, rng: np.random.Generator) -> Tensor:
-    """n random maps (n, 2, 3) float32, as `torch.nn.functional.affine_grid` takes them.
+def random_affine(images: Tensor) -> Tensor:
+    """Turn, shear, scale and shift each image a little, as another hand would have written it.
 
-    Each turns, shears, scales and shifts an image a little, as another hand would have written
-    the digit. The ranges gave the best validation loss; twice as much gave a worse one.
+    The random numbers are drawn anew in each call. The ranges gave the best validation loss; twice
+    as much gave a worse one.
+
+    Images are (N, C, H, W) float32, before and after; what comes in from outside is 0.
     """
-    angle = np.deg2rad(rng.uniform(-7, 7, n))
-    shear = np.tan(np.deg2rad(rng.uniform(-6, 6, n)))
-    scale = rng.uniform(0.94, 1.06, n)
-    shift_x, shift_y = rng.uniform(-1, 1, (2, n)) / 14  # 1 pixel; affine_grid's unit is 14 pixels
+    n, _, height, width = images.shape
 
-    cos, sin = scale * np.cos(angle), scale * np.sin(angle)
-    rows = [[cos, shear * cos - sin, shift_x], [sin, shear * sin + cos, shift_y]]
-    return torch.from_numpy(np.moveaxis(np.array(rows, dtype=np.float32), 2, 0).copy())
+    def uniform(limit: float) -> Tensor:
+        return torch.empty(n, device=images.device).uniform_(-limit, limit)
+
+    angle, shear = torch.deg2rad(uniform(7)), torch.deg2rad(uniform(6)).tan()
+    scale = 1 + uniform(0.06)
+    shift_x, shift_y = uniform(2 / width), uniform(2 / height)  # 1 pixel: an image is 2 units wide
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    maps = [cos, shear * cos - sin, shift_x, sin, shear * sin + cos, shift_y]
+    # Where does each pixel of the new image come from? The grid says it, and sampling takes it.
+    grid = F.affine_grid(torch.stack(maps, dim=1).view(n, 2, 3), images.shape, align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
 
 
-def sampling_grid(maps: Tensor) -> Tensor:
-    """Where each pixel of an augmented image comes from, for `grid_sample`.
+LOOK_AT = 160  # pixels of a picture's longer side, while looking for the ink
+STROKE_EDGE = 1 / 3  # of the full ink: where a soft stroke is taken to end
 
-    It equals `torch.nn.functional.affine_grid` (but for rounding), written out because that took
-    more time than all the rest of the augmentation together.
 
-    Args:
-        maps: (N, 2, 3) float32.
+def read_digit(path: Path | str) -> Tensor:
+    """Read a picture of one digit, in any format of Pillow's, whichever of ink and paper is darker.
 
-    Returns:
-        (N, 28, 28, 2) float32: x and y, both from -1 to 1 across the image.
+    A network knows what it was trained on, and nothing else. So the digit is brought into the form
+    of MNIST's: scaled "to fit in a 20x20 pixel box while preserving their aspect ratio", then put
+    so that "the center of mass of the pixels" is in the middle. Source: Y. LeCun, C. Cortes,
+    C. Burges, "The MNIST database of handwritten digits" (1998).
+
+    Returns (1, 28, 28) float32, from 0 (paper) to 1 (ink). Raises InputError, if the file can't be
+    read, or shows no digit.
     """
-    centre = (torch.arange(28) + 0.5) / 14 - 1  # of each row or column of pixels
-    y, x = torch.meshgrid(centre, centre, indexing="ij")
-    maps = maps[:, :, :, None, None]  # (N, 2, 3, 1, 1), to go with (28, 28)
-    grid = maps[:, :, 0] * x + maps[:, :, 1] * y + maps[:, :, 2]  # (N, 2, 28, 28)
-    return grid.movedim(1, -1)
+    picture = open_picture(path)
+    ink, box = find_ink(picture)
+    if max(ink.shape) < LOOK_AT / 2:  # a small digit on a large page: look again, from near by
+        left, top, right, bottom = box
+        margin = max(right - left, bottom - top) // 2
+        left, top = max(left - margin, 0), max(top - margin, 0)
+        right, bottom = min(right + margin, picture.width), min(bottom + margin, picture.height)
+        ink, _ = find_ink(picture.crop((left, top, right, bottom)))
+
+    scale = 20 / max(ink.shape)
+    height, width = (max(1, round(side * scale)) for side in ink.shape)
+    ink = np.asarray(Image.fromarray(ink).resize((width, height), Image.Resampling.BOX))
+    # In MNIST's files the centre of mass lies in the middle of pixel 14, counted from 0.
+    top = 14.5 - (ink.sum(axis=1) * (np.arange(height) + 0.5)).sum() / ink.sum()
+    left = 14.5 - (ink.sum(axis=0) * (np.arange(width) + 0.5)).sum() / ink.sum()
+    top, left = (min(max(round(t), 0), 28 - side) for t, side in ((top, height), (left, width)))
+    image = torch.zeros(1, 28, 28)
+    image[0, top : top + height, left : left + width] = torch.from_numpy(ink.copy())
+    return image
 
 
-def split_indices(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Split samples into train and validation, both with the same share of each digit.
-
-    Args:
-        labels: (N,) int64.
-
-    Returns:
-        Two disjoint index tensors, int64, ascending, that together hold 0 to N - 1.
-    """
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    by_digit = shuffled[labels[shuffled].argsort(stable=True)]
-    is_validation = torch.arange(len(labels)) % VALIDATION_EVERY == 0
-    return by_digit[~is_validation].sort().values, by_digit[is_validation].sort().values
-
-
-def load_mnist(data_dir: Path | str, train: bool) -> datasets.MNIST:
-    """torchvision's MNIST: it downloads what is missing, checks the MD5 sums and unpacks.
-
-    Raises:
-        SystemExit: with one line of advice, where that fails.
-    """
-    raw = Path(data_dir, "MNIST", "raw")
-    missing = [folder for folder in (raw, *raw.parents) if not folder.exists()]
+def open_picture(path: Path | str) -> Image.Image:
+    """A picture, upright, as RGBA: colours, and A, alpha, which is 0 where it is transparent."""
     try:
-        mnist = datasets.MNIST(data_dir, train=train, download=True)
-        if len(mnist.data) != len(mnist.targets):
-            raise ValueError(f"{len(mnist.data):,} images have {len(mnist.targets):,} labels")
-        return mnist
-    except Exception as error:  # whatever a damaged file or a network makes torchvision raise
-        for folder in missing:  # what torchvision has made for the download
-            with suppress(OSError):
-                folder.rmdir()
-        reason = " ".join(str(error).split()) or type(error).__name__
-        sys.exit(
-            f"MNIST cannot be read from {raw}, nor downloaded: {reason}. See --data-dir; "
-            "files there that may be damaged: delete them, and they are made anew"
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path)
+        with image:
+            image = ImageOps.exif_transpose(image)  # cameras note how they were held
+            if image.mode[0] in "IF":  # 16 or 32 bits a pixel
+                values = np.asarray(image, dtype=np.float64)
+                values = (values - values.min()) / max(np.ptp(values), 1e-9)
+                image = Image.fromarray(np.uint8(255 * values))
+            return image.convert("RGBA")
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        limit = Image.MAX_IMAGE_PIXELS
+        raise InputError(f"over {limit:,} pixels are too many: scale it down") from error
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises each of them
+        reason = getattr(error, "strerror", None) or "it is damaged, or not an image"
+        raise InputError(f"this can't be read: {reason}") from error
 
 
-class Share(BatchSampler):
-    """One process's share of each batch, as lists of indices.
+def find_ink(picture: Image.Image) -> tuple[np.ndarray, list[int]]:
+    """The ink, cut out, (h, w) float32 from 0 (paper) to 1; and its box: left, top, right, bottom.
 
-    Where several processes train together (see "When one machine is not enough" in the README),
-    all draw the same batches, if torch's generator has the same seed in all of them, and each takes
-    its own part: together they see every sample once. A process that is alone takes all.
-
-    Args:
-        sampler: the order of the samples.
-        batch_size: samples in a batch of all processes together; the last one may have fewer.
-        rank: this process's number, from 0.
-        processes: how many there are.
-
-    Raises:
-        SystemExit: with one line of advice, where a batch can't be shared.
+    The box is in pixels of the picture. Raises InputError, if there is no ink.
     """
+    # Grey is the position along the direction in which the colours differ most: red ink on blue
+    # paper can be as bright as the paper. Where the picture is transparent there is paper: of the
+    # other pixels' colour if they are many, else they are ink and it is white, or black for light.
+    scale = LOOK_AT / max(picture.size)
+    size = [max(1, round(side * scale)) for side in picture.size]
+    small = picture.resize(size, Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.BOX)
+    small = small.filter(ImageFilter.MedianFilter(3)).filter(ImageFilter.BoxBlur(2))  # noise
+    colours = np.asarray(small, dtype=np.float64)
+    colours, alpha = colours[:, :, :3], colours[:, :, 3:] / 255
+    paper = 255.0 if (colours * alpha).mean() < 128 * alpha.mean() else 0.0
+    if alpha.mean() > 0.5:
+        paper = np.median(colours[alpha[:, :, 0] > 0.5], axis=0)
+    colours = colours * alpha + paper * (1 - alpha)
+    centred = (colours - colours.mean(axis=(0, 1))).reshape(-1, 3)
+    _, _, directions = np.linalg.svd(centred.T @ centred)
+    grey = (centred @ directions[0]).reshape(1, *colours.shape[:2])
 
-    def __init__(self, sampler: Sampler, batch_size: int, rank: int, processes: int):
-        super().__init__(sampler, batch_size, drop_last=False)
-        last_batch = len(sampler) % batch_size or batch_size
-        if batch_size % processes or last_batch < processes:
-            sys.exit(
-                f"--batch-size {batch_size} can't be shared by {processes} processes: use a "
-                f"multiple of {processes} that leaves at least {processes} images at the end"
-            )
-        self.rank, self.processes = rank, processes
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in super().__iter__():
-            yield batch[self.rank :: self.processes]
-
-
-def make_loader(
-    dataset: Dataset,
-    batch_size: int,
-    shuffle: bool = False,
-    workers: int = 0,
-    rank: int = 0,
-    processes: int = 1,
-    pin_memory: bool = False,
-) -> DataLoader:
-    """Batches of a data set, made by its `__getitems__`, or of single samples if it has none.
-
-    Args:
-        dataset: where the samples come from.
-        batch_size: images in each batch, of all processes together; the last one may have fewer.
-        shuffle: a new random order in each epoch (for training).
-        workers: processes that load in the background; 0 loads in this one.
-        rank: this training process's number, from 0.
-        processes: training processes that share the data.
-        pin_memory: lay batches where a GPU can fetch them while the CPU goes on.
-
-    Raises:
-        SystemExit: with one line of advice, where a batch can't be shared by the processes.
-    """
-    order = RandomSampler(dataset) if shuffle else SequentialSampler(dataset)
-    return DataLoader(
-        dataset,
-        batch_sampler=Share(order, batch_size, rank, processes),
-        num_workers=workers,
-        collate_fn=keep_batch,
-        worker_init_fn=ignore_ctrl_c,
-        pin_memory=pin_memory,
-    )
+    grey = torch.from_numpy(grey).float()
+    around = F.adaptive_avg_pool2d(grey[None], 4)  # the mean of each of 4×4 parts
+    around = F.interpolate(around, grey.shape[1:], mode="bilinear")[0]
+    if ((grey - around) ** 3).sum() > 0:
+        grey = -grey  # what differs most from its surroundings is ink, and dark from here on
+    # Paper, without the ink: the brightest nearby, and of that the darkest nearby (a "closing").
+    contrast = (-highest(-highest(grey)) - grey)[0].numpy()
+    contrast = contrast - np.median(contrast)
+    noise = 1.48 * np.median(np.abs(contrast))  # standard deviation, if it is normal
+    if contrast.max() < max(10, 6 * noise):
+        raise InputError("there is no digit: the page is empty")
+    mask = largest_components(contrast > max(0.4 * contrast.max(), 3 * noise))
+    near_ink = F.max_pool2d(torch.from_numpy(mask)[None].float(), 7, stride=1, padding=3)[0].numpy()
+    ink = np.clip(contrast / np.median(contrast[mask]), 0, 1) * near_ink  # with its soft edge
+    rows, columns = (np.nonzero(ink.max(axis=axis) > STROKE_EDGE)[0] for axis in (1, 0))
+    left, top, right, bottom = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    box = [round(side / scale) for side in (left, top, right, bottom)]
+    return ink[top:bottom, left:right].astype(np.float32), box
 
 
-def keep_batch(batch: tuple[Tensor, Tensor] | list) -> tuple[Tensor, Tensor]:
-    """`__getitems__` has made a batch already; samples, as most Datasets give them, are stacked."""
-    return batch if isinstance(batch, tuple) else default_collate(batch)
+def highest(grey: Tensor, size: int = 51) -> Tensor:
+    """The highest of all values (1, H, W) within a square, wider than a stroke, around each."""
+    columns = F.max_pool2d(grey, (size, 1), stride=1, padding=(size // 2, 0))
+    return F.max_pool2d(columns, (1, size), stride=1, padding=(0, size // 2))
 
 
-def ignore_ctrl_c(worker: int) -> None:
-    """A terminal sends Ctrl-C to all processes; the main one alone decides when to stop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def largest_components(mask: np.ndarray) -> np.ndarray:
+    """Keep of a mask (H, W) what hangs together and is not tiny beside the largest such part."""
+    coarse = F.max_pool2d(torch.from_numpy(mask)[None].float(), 3, stride=1, padding=1)  # no gaps
+    labels = torch.arange(1.0, coarse.numel() + 1).view_as(coarse) * coarse
+    while True:  # each pixel takes the highest number of its neighbours, until none changes
+        spread = F.max_pool2d(labels, 3, stride=1, padding=1) * coarse
+        if torch.equal(spread, labels):
+            break
+        labels = spread
+    numbers, counts = labels[labels > 0].unique(return_counts=True)
+    return mask & torch.isin(labels, numbers[counts >= 0.05 * counts.max()])[0].numpy()

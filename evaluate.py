@@ -1,6 +1,6 @@
 """Measure a trained model on the test set, or let it read your own handwriting.
 
-    python evaluate.py                           # checkpoints/best.pt
+    python evaluate.py                           # the newest run's best.pt
     python evaluate.py --checkpoint other.pt
     python evaluate.py my_digit.png other.jpg    # one digit in each picture
 
@@ -10,245 +10,193 @@ results are saved beside the checkpoint.
 """
 
 import argparse
-import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tensorboardX import SummaryWriter
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
+from torchvision.utils import make_grid
 
-import devices
 import utils
-from dataset import MEAN, STD, MNISTDataset, make_loader
-from handwriting import read_digit
-from model import MODELS, build_model
-from pictures import (
-    confusion_figure,
-    mistakes_sheet,
-    predictions_figure,
-    reliability_figure,
-    save_picture,
-)
+from dataset import MNISTDataset, read_digit
+from model import build_model
 
 ROOT = Path(__file__).resolve().parent
 
 
-@torch.inference_mode()  # no gradients needed: record no graph, which saves time and memory
-def predict(model: nn.Module, loader: DataLoader, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Run a model over all batches of a loader.
+def main(args: argparse.Namespace) -> None:
+    """Measure a checkpoint on the test set, or read pictures with it."""
+    path = args.checkpoint or newest_checkpoint(ROOT / "checkpoints")
+    checkpoint = utils.load_checkpoint(path)
+    device, _, _ = utils.setup_distributed(args.device)
 
-    Returns:
-        The logits (N, classes) float32 and the true labels (N,) int64, both on the CPU.
-    """
+    # The checkpoint says which model its weights belong to.
+    model = build_model(checkpoint["model"], checkpoint["classes"])
+    utils.load_states(checkpoint, model)
+    model.to(device)
+
+    print(f"Checkpoint  {utils.short(path)}: {checkpoint['model']}, epoch {checkpoint['epoch']}")
+    if args.images:
+        read_pictures(model, args.images, device, path.parent)
+    else:
+        test_set = MNISTDataset(args.data_dir, "test")
+        if test_set.classes > checkpoint["classes"]:
+            raise utils.InputError(f"The data has {test_set.classes} classes, more than the model")
+        print(f"Test set    {len(test_set):,} images, on {device}")
+        print(f"Pictures    confusion.png, mistakes.png in {utils.short(path.parent)}\n")
+        logits, labels = predict(model, test_set, device)
+        report(logits, labels)
+        confusion_figure(logits, labels).savefig(path.parent / "confusion.png")
+        mistakes_figure(test_set, logits, labels).savefig(path.parent / "mistakes.png")
+
+
+def newest_checkpoint(out_dir: Path) -> Path:
+    """The newest run's best.pt; dry runs do not count. InputError, if there is none."""
+    runs = [p for p in sorted(out_dir.glob("*/best.pt")) if "-dry-run" not in p.parent.name]
+    if not runs:
+        raise utils.InputError(f"No run in {utils.short(out_dir)}: run 'python train.py' first")
+    return runs[-1]
+
+
+@torch.inference_mode()  # no gradients needed: record no graph, which saves time and memory
+def predict(model: nn.Module, dataset: Dataset, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The logits (N, classes) float32 and the true labels (N,) int64 of a data set, on the CPU."""
     model.eval()  # batch norm uses its running averages, not this batch's own
+    loader = DataLoader(dataset, batch_size=1_000)
     batches = [(model(images.to(device)), labels) for images, labels in loader]
     logits, labels = zip(*batches, strict=True)
     return torch.cat(logits).cpu(), torch.cat(labels)
 
 
-@dataclass
-class Metrics:
-    """How well a classifier did.
-
-    Attributes:
-        loss: mean cross-entropy, in nats.
-        correct: number of images classified correctly.
-        total: number of images.
-        confusion: (classes, classes) int64; row: the true class, column: the predicted one.
-    """
-
-    loss: float
-    correct: int
-    total: int
-    confusion: Tensor
-
-    @property
-    def accuracy(self) -> float:
-        """Share of images classified correctly, 0 to 1."""
-        return self.correct / self.total
-
-    def interval(self) -> tuple[float, float]:
-        """95 % confidence interval of the accuracy, by Wilson's score.
-
-        The familiar p ± 1.96·√(p(1-p)/n) is off where p is close to 1, and here it is. Source:
-        E. B. Wilson, "Probable inference, the law of succession, and statistical inference",
-        Journal of the American Statistical Association 22 (1927).
-        """
-        z, n, p = 1.96, self.total, self.accuracy
-        centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-        half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-        return centre - half, centre + half
-
-
-def measure(logits: Tensor, labels: Tensor) -> Metrics:
-    """Compare logits (N, classes) float32 with the true labels (N,) int64."""
+def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
+    """How often each class is taken for each: (classes, classes) int64, a row for a true class."""
     classes = logits.shape[1]
-    predicted = logits.argmax(dim=1)
-    pairs = labels * classes + predicted  # one number for each (true, predicted) pair
-    return Metrics(
-        loss=F.cross_entropy(logits, labels).item(),
-        correct=(predicted == labels).sum().item(),
-        total=len(labels),
-        confusion=pairs.bincount(minlength=classes**2).view(classes, classes),
-    )
+    pairs = labels * classes + logits.argmax(dim=1)  # one number for each (true, predicted) pair
+    return pairs.bincount(minlength=classes**2).view(classes, classes)
 
 
-def reliability(
-    logits: Tensor, labels: Tensor, bins: int = 15
-) -> tuple[Tensor, Tensor, Tensor, float]:
-    """How often is a model right, for each level of confidence (its highest probability)?
-
-    One that says 80 % should be right 80 times out of 100. Source: C. Guo, G. Pleiss, Y. Sun,
-    K. Weinberger, "On calibration of modern neural networks" (2017).
-
-    Args:
-        logits: (N, classes) float32.
-        labels: (N,) int64, the true ones.
-        bins: of equal width, from 0 to 1.
-
-    Returns:
-        For each bin: how many images are in it, their mean confidence, and the share of them that
-        is classified correctly, both not a number where there are none. Last the expected
-        calibration error: how far these two are apart, in the mean over all images, 0 to 1.
-    """
-    confidence, predicted = logits.softmax(dim=1).max(dim=1)
-    bin_of = (confidence * bins).long().clamp(max=bins - 1)
-    counts = bin_of.bincount(minlength=bins)
-    certain = bin_of.bincount(confidence, bins)
-    correct = bin_of.bincount((predicted == labels).float(), bins)
-    error = (certain - correct).abs().sum().item() / len(labels)
-    return counts, certain / counts, correct / counts, error
-
-
-def report(metrics: Metrics, calibration_error: float) -> None:
+def report(logits: Tensor, labels: Tensor) -> None:
     """Print what a reader wants to know; the line with the accuracy comes last."""
-    confusion = metrics.confusion
-    print("\ndigit   images   correct   accuracy")
+    confusion = confusion_matrix(logits, labels)
+    print("digit   images   correct   accuracy")
     for digit, row in enumerate(confusion):
         total, correct = row.sum().item(), row[digit].item()
         print(f"{digit:5}   {total:6,}   {correct:7,}   {correct / max(total, 1):8.2%}")
 
-    mistakes = confusion.clone().fill_diagonal_(0)
-    counts, cells = mistakes.flatten().sort(descending=True, stable=True)
-    confused = [
-        f"{cell // len(confusion)} as {cell % len(confusion)} ({count})"
-        for count, cell in zip(counts[:4].tolist(), cells[:4].tolist(), strict=True)
-        if count > 0
-    ]
-    low, high = metrics.interval()
-    wrong = metrics.total - metrics.correct
-    print(f"\nMost frequent confusions  {', '.join(confused) or 'none'}")
-    print(f"Loss (cross-entropy)      {metrics.loss:.4f}")
-    print(f"Calibration error         {calibration_error:.2%}")
-    print(f"95% interval              {low:.2%} to {high:.2%}")
-    print(f"Test accuracy: {metrics.accuracy:.2%} ({wrong:,} of {metrics.total:,} wrong)")
+    wrong, total = len(labels) - confusion.trace().item(), len(labels)
+    print(f"\nLoss (cross-entropy): {F.cross_entropy(logits, labels):.4f}")
+    print(f"Test accuracy: {1 - wrong / total:.2%} ({wrong:,} of {total:,} wrong)")
 
 
-def main(args: argparse.Namespace) -> None:
-    """Measure a checkpoint on the test set, or read images with it; end with an exit status."""
-    checkpoint = utils.load_checkpoint(args.checkpoint, MODELS)
-    device = devices.choose_device(args.device)
+def read_pictures(model: nn.Module, paths: list[Path], device: torch.device, folder: Path) -> None:
+    """Print which digit is on each picture, and save in `folder` what the model saw of them.
 
-    # The checkpoint says which model its weights belong to.
-    model = build_model(checkpoint["model"])
-    utils.load_weights(model, checkpoint, args.checkpoint)
-    model.to(device)
-
-    name, epoch = checkpoint["model"], checkpoint["epoch"]
-    print(f"Checkpoint  {utils.short(args.checkpoint)}: {name}, after epoch {epoch}")
-    folder = args.checkpoint.parent
-    if args.images:
-        read_handwriting(model, args.images, device, folder / "predictions.png")
-    else:
-        measure_on_test_set(model, args.data_dir, device, folder)
-
-
-def measure_on_test_set(
-    model: nn.Module, data_dir: Path, device: torch.device, picture_dir: Path
-) -> None:
-    """Print how a model does on the test set, save three pictures, and exit: 1 if that failed."""
-    test_set = MNISTDataset(data_dir, "test")
-    print(f"Test set    {len(test_set):,} images, on {device}")
-    logits, labels = predict(model, make_loader(test_set, batch_size=1_000), device)
-    metrics = measure(logits, labels)
-    *bins, error = reliability(logits, labels)
-    pictures = {
-        "confusion.png": confusion_figure(metrics.confusion),
-        "mistakes.png": mistakes_sheet(test_set, logits, at_most=100),
-        "reliability.png": reliability_figure(*bins, error),
-    }
-    saved = [name for name, drawn in pictures.items() if save_picture(drawn, picture_dir / name)]
-    print(f"Pictures    {', '.join(saved) or 'none'} in {utils.short(picture_dir)}")
-    report(metrics, error)
-    sys.exit(0 if len(saved) == len(pictures) else 1)
-
-
-def read_handwriting(
-    model: nn.Module, paths: list[Path], device: torch.device, picture: Path
-) -> None:
-    """Print which digit is in each file, save a picture of what the model saw, and exit.
-
-    The exit status is 1 if a file could not be read, or the picture not be written.
+    Raises InputError, if some could not be read, when the others were.
     """
-    images, names, failed = [], [], False
+    names, images, captions = [], [], []
     for path in paths:
         try:
             images.append(read_digit(path))
-            names.append(str(path))
-        except ValueError as error:
+            names.append(path)
+        except utils.InputError as error:
             print(f"{path}: {error}", file=sys.stderr)
-            failed = True
     if images:
-        images = (torch.stack(images) - MEAN) / STD
-        with torch.inference_mode():
-            probabilities = model.eval()(images.to(device)).softmax(dim=1).cpu()
-        for name, row in zip(names, probabilities, strict=True):
-            (first, second), (digit, other) = (best.tolist() for best in row.topk(2))
+        samples = [(image, 0) for image in images]  # a label is asked for, but not used
+        logits, _ = predict(model, samples, device)
+        for name, probabilities in zip(names, logits.softmax(dim=1), strict=True):
+            (first, second), (digit, other) = (best.tolist() for best in probabilities.topk(2))
             print(f"{name}: {digit} ({first:.1%}), then {other} ({second:.1%})")
-        figure = predictions_figure([Path(n).name for n in names], images, probabilities)
-        if save_picture(figure, picture):
-            print(f"Picture     {utils.short(picture)}")
-        else:
-            failed = True
-    sys.exit(1 if failed else 0)
+            captions.append(f"{name.name[:16]}: {digit}, {first:.0%}")
+        shown = min(30, len(images))
+        title = f"{shown} of {len(images)} pictures, as the model sees them: digit, confidence"
+        figure = sheet_figure(title, images[:shown], captions[:shown], columns=5)
+        figure.savefig(folder / "predictions.png")
+        print(f"Picture     {utils.short(folder / 'predictions.png')}")
+    if len(images) < len(paths):
+        raise utils.InputError(f"{len(paths) - len(images)} of {len(paths)} could not be read")
 
 
-def parse_args() -> argparse.Namespace:
-    parser = utils.Parser(
-        description="Measure a trained model on MNIST's test set, or on your images."
-    )
-    parser.add_argument(
-        "images",
-        type=Path,
-        nargs="*",
-        metavar="IMAGE",
-        help="pictures of one digit each, to be read instead of the test set",
-    )
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        default=ROOT / "checkpoints" / "best.pt",
-        metavar="FILE",
-        help="what train.py saved (default: checkpoints/best.pt beside this script)",
-    )
-    parser.add_argument(
-        "--device",
-        choices=devices.NAMES,
-        default="auto",
-        help="where to compute (default: auto, the fastest there is)",
-    )
-    parser.add_argument(
-        "--data-dir",
-        type=utils.folder,
-        default=ROOT / "data",
-        metavar="D",
-        help="folder of the MNIST files (default: data beside this script)",
-    )
-    return parser.parse_args()
+# What people see in TensorBoard, and as pictures beside a checkpoint.
+
+
+def log_epoch(log: SummaryWriter, step: int, model: nn.Module, dataset: Dataset) -> None:
+    """Show some images as the model is trained on them; its weights, and their last gradients."""
+    images = torch.stack([dataset[i][0] for i in range(min(40, len(dataset)))])
+    log.add_image("augmented", make_grid(images, nrow=10), step)
+    for name, weight in model.named_parameters():
+        if weight.grad is not None:
+            log.add_histogram(f"weights/{name}", weight, step)
+            log.add_histogram(f"gradients/{name}", weight.grad, step)
+
+
+def log_results(log, step: int, dataset: Dataset, logits: Tensor, labels: Tensor) -> None:
+    """Show which images of a data set are classified wrongly."""
+    log.add_figure("confusion", confusion_figure(logits, labels), step)
+    log.add_figure("mistakes", mistakes_figure(dataset, logits, labels), step)
+
+
+def confusion_figure(logits: Tensor, labels: Tensor):
+    """How often each class is taken for each other; colour shows mistakes alone."""
+    from matplotlib.figure import Figure  # here, as that takes a second and training needs it not
+
+    confusion = confusion_matrix(logits, labels)
+    wrong = confusion.clone().fill_diagonal_(0)
+    figure = Figure(figsize=(7, 7), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(wrong.numpy(), cmap="Blues", vmax=max(wrong.max().item(), 1) * 1.3)
+    for true, row in enumerate(confusion.tolist()):
+        for predicted, count in enumerate(row):
+            if count:
+                style = {"color": "#666666"} if true == predicted else {"weight": "bold"}
+                axes.text(predicted, true, f"{count}", ha="center", va="center", **style)
+    axes.set(xlabel="predicted digit", xticks=range(len(confusion)))
+    axes.set(ylabel="true digit", yticks=range(len(confusion)))
+    axes.set_title(f"{wrong.sum():,} of {len(labels):,} wrong; right ones in grey")
+    return figure
+
+
+def mistakes_figure(dataset: Dataset, logits: Tensor, labels: Tensor):
+    """The images that are classified wrongly, the most confident first, 100 at most."""
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    wrong = (predicted != labels).nonzero().flatten()
+    worst = wrong[confidence[wrong].argsort(descending=True)][:100].tolist()
+    captions = [f"{labels[i]} as {predicted[i]}, {confidence[i]:.0%}" for i in worst]
+    title = f"{len(wrong):,} of {len(labels):,} wrong: true digit, said digit, confidence"
+    return sheet_figure(title, [dataset[i][0] for i in worst], captions, columns=10)
+
+
+def sheet_figure(title: str, images: list[Tensor], captions: list[str], columns: int):
+    """Images (C, H, W) side by side, dark ink on white, each with a line of text below it."""
+    from matplotlib.figure import Figure
+
+    rows = max(1, -(-len(images) // columns))
+    figure = Figure(figsize=(10, 0.5 + rows * 13 / columns), layout="constrained")
+    axes = figure.subplots()
+    axes.axis("off")
+    axes.set_title(title)
+    if images:
+        cells = 1 - F.pad(torch.stack(images), (2, 2, 1, 7))  # left, right, top, bottom
+        axes.imshow(make_grid(cells, nrow=columns, padding=0).movedim(0, -1).numpy())
+        height, width = cells.shape[-2:]
+        for i, caption in enumerate(captions):
+            x, y = (i % columns + 0.5) * width, (i // columns + 1) * height - 7
+            axes.text(x, y, caption, ha="center", va="top", fontsize=9, parse_math=False)
+    return figure
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The settings, from a list of flags, by default the command line's."""
+    parser = argparse.ArgumentParser(description="Measure a trained model on MNIST's test set.")
+    flag = parser.add_argument
+    flag("images", type=Path, nargs="*", metavar="IMAGE", help="read these pictures of a digit")
+    flag("--checkpoint", type=Path, metavar="FILE", help="a best.pt (that of the newest run)")
+    flag("--device", choices=utils.DEVICES, default="auto", help="where to compute (the fastest)")
+    flag("--data-dir", type=Path, default=ROOT / "data", help="folder of the MNIST files (data)")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    utils.run_script(parse_args, main)

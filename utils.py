@@ -1,9 +1,9 @@
-"""What would interrupt the story in train.py: flags, seeds, checkpoints, interruptions."""
+"""What would interrupt the story in train.py: device and processes, checkpoints, a clean end."""
 
 import argparse
-import errno
+import atexit
+import copy
 import io
-import math
 import os
 import pickle
 import signal
@@ -11,99 +11,71 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields
+from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
-from filelock import FileLock, Timeout
-from torch import nn
+import torch.distributed as dist
 
-FORMAT = 1  # of checkpoints: count up when old programs could not read new ones
-LOCK_SECONDS = 10  # the loading processes of a killed run keep its lock for about 5
-
-
-# Flags: an error is one line that names the flag and what it allows.
+DEVICES = ("auto", "cpu", "cuda", "mps")
+FORMAT = 2  # of checkpoints: count up when old programs could not read new ones
+FOLDERS = {"data_dir", "out_dir", "resume", "run_dir"}  # not in a checkpoint: a run may be moved
+MAY_CHANGE = {"device", "workers", "compile"}  # when a run is resumed
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, without the lines on usage that it puts before an error."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+class InputError(ValueError):
+    """Something that the user can mend; its text says in one line what is wrong and what to do."""
 
 
-def whole(low: int, high: int) -> Callable[[str], int]:
-    """An argparse type: whole numbers from low to high."""
+def setup_distributed(name: str) -> tuple[torch.device, int, int]:
+    """Choose a device ("auto": the fastest), and meet the processes that torchrun has started.
 
-    def convert(text: str) -> int:
-        if not (text.isdecimal() and low <= int(text) <= high):
-            message = f"{text!r} is not a whole number from {low:,} to {high:,}"
-            raise argparse.ArgumentTypeError(message)
-        return int(text)
-
-    return convert
-
-
-def positive(text: str) -> float:
-    """An argparse type: numbers above 0, infinity excluded."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return number
-
-
-def folder(text: str) -> Path:
-    """An argparse type: a folder that exists, or that can still be made."""
-    path = Path(text)
-    try:
-        usable = text != "" and (path.is_dir() or not path.exists())
-    except OSError:  # a name that is too long, for example
-        usable = False
-    if not usable:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a folder")
-    return path
-
-
-def flags_of(settings: type, description: str, defaults: dict[str, str]) -> Parser:
-    """A parser with a flag for each field of a dataclass; it returns only those that were given.
-
-    Args:
-        settings: the dataclass; the metadata of its fields is what `add_argument` takes.
-        description: for --help.
-        defaults: for --help, where a field's own default does not say it.
+    Returns the device, this process's rank (0 in the first), and the number of processes.
     """
-    parser = Parser(description=description, argument_default=argparse.SUPPRESS)
-    for f in fields(settings):
-        flag, options = f.name.replace("_", "-"), dict(f.metadata)
-        if f.type is bool:  # a switch: --compile turns it on, --no-pretrained off
-            flag = f"no-{flag}" if f.default else flag
-            options["action"] = "store_false" if f.default else "store_true"
-            del options["type"]
-        else:
-            default = f.default.name if f.type is Path else defaults.get(f.name, f.default)
-            options["help"] += f" (default: {default})"
-        parser.add_argument(f"--{flag}", dest=f.name, **options)
-    return parser
+    together = "RANK" in os.environ  # torchrun sets it
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None or (together and found.type != "cuda"):
+        found = torch.device("cpu")
+    device = found if name == "auto" else torch.device(name)
+    if device.type not in ("cpu", found.type):
+        raise InputError(f"--device {name}: there is none here; use auto, or {found.type}")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # one for each process
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # try which convolution is fastest: shapes stay
+        torch.set_float32_matmul_precision("high")  # TF32: less exact, but faster
+    if device.type == "cpu":
+        # Linux's C library keeps freed memory for the next step only in blocks no larger than one
+        # that was freed before; else each step has to ask for it anew. See "man 3 mallopt".
+        torch.empty(31 * 2**20, dtype=torch.uint8)
+    if not together:
+        return device, 0, 1
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    atexit.register(dist.destroy_process_group)
+    return device, dist.get_rank(), dist.get_world_size()
 
 
-# Seeds
+@contextmanager
+def main_process_first():
+    """Let the first process on each machine do something, and only then all others."""
+    waits = dist.is_initialized() and int(os.environ["LOCAL_RANK"]) > 0
+    if waits:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and not waits:
+        dist.barrier()
 
 
-def seed_epoch(seed: int, epoch: int) -> None:
-    """Make all that is random in an epoch (order, dropout) follow from these two numbers alone.
-
-    SeedSequence mixes them, so that epoch 1 of seed 0 has nothing in common with epoch 0 of seed 1.
-    """
-    mixed = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)
-    torch.manual_seed(int(mixed[0]))
-
-
-# Checkpoints
+def new_run_dir(args: argparse.Namespace) -> Path:
+    """Make a folder for a run, named after the time and the model; no other run has it."""
+    name = f"{args.model}-dry-run" if args.dry_run else args.model
+    while True:
+        run_dir = args.out_dir / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+        try:
+            run_dir.mkdir(parents=True)
+            return run_dir
+        except FileExistsError:
+            time.sleep(0.1)  # another run has started in this very second
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -111,12 +83,9 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 
     The bytes go to a file beside it and down to the disk; only then does that file take the name,
     which the operating system does in one go. A crash before leaves the old checkpoint.
-
-    Raises:
-        OSError: if it can't be written; the old checkpoint is still there.
     """
     content = io.BytesIO()
-    torch.save({"format": FORMAT, "torch": str(torch.__version__), **checkpoint}, content)
+    torch.save({"format": FORMAT, **checkpoint}, content)
     partial = path.with_name(f"{path.name}.partial")
     try:
         with partial.open("wb") as file:
@@ -124,225 +93,119 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
             file.flush()  # from Python to the operating system
             os.fsync(file.fileno())  # from there to the disk
         partial.replace(path)
-    except OSError:
+    except BaseException:
         partial.unlink(missing_ok=True)
         raise
 
 
-def load_checkpoint(path: Path, models: tuple[str, ...]) -> dict:
-    """Read a checkpoint into memory of the CPU, whatever device it was saved from.
+def load_checkpoint(path: Path, *also: str) -> dict:
+    """Read a checkpoint, to the CPU; `also` are entries that it must have, besides a best.pt's.
 
     `weights_only` lets torch.load build tensors and plain Python values alone: a checkpoint that
-    somebody sends you can't run code.
-
-    Args:
-        path: the file.
-        models: names of models that can be built.
-
-    Raises:
-        SystemExit: with one line of advice, where there is none, or none that can be used.
+    somebody sends you can't run code. Raises InputError or OSError, if it can't be used or read.
     """
-    name = short(path)
     try:
-        with path.open("rb") as file:
-            start = file.read(2)
-    except FileNotFoundError:
-        sys.exit(f"No checkpoint at {name}: run 'python train.py' first")
-    except OSError as error:
-        sys.exit(f"Cannot read {name} as a checkpoint: {error.strerror}")
-    if not start:
-        sys.exit(f"{name} is empty: it was not written by train.py")
-    if start != b"PK":  # torch.save writes zip archives
-        sys.exit(f"{name} is not a PyTorch checkpoint: give a file that train.py saved")
-    try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(path) as archive:  # what torch.save writes
             if archive.testzip():  # the first part with a wrong checksum: torch.load checks none
-                raise ValueError
+                raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except zipfile.BadZipFile:
-        sys.exit(f"{name} is cut short: copy it again, or take another checkpoint")
-    except pickle.UnpicklingError:
-        sys.exit(f"{name} holds more than tensors and plain values, and could run code: not loaded")
-    except Exception:  # whatever else a damaged file makes torch raise
-        sys.exit(f"{name} is damaged: copy it again, or take another checkpoint")
-
-    parts = {"format", "model", "weights", "epoch", "config"}
-    if not isinstance(checkpoint, dict) or not parts <= checkpoint.keys():
-        sys.exit(f"{name} belongs to another project: give a file that this train.py saved")
-    if checkpoint["format"] != FORMAT:
-        sys.exit(f"{name} has format {checkpoint['format']}, not {FORMAT}: update this project")
-    if checkpoint["model"] not in models:
-        sys.exit(
-            f"{name} holds a {checkpoint['model']!r}: model.py has only {' and '.join(models)}"
-        )
+    except OSError:
+        raise
+    except Exception as error:  # whatever a file of another kind makes zipfile and torch raise
+        code = isinstance(error, pickle.UnpicklingError)
+        what = "could run code" if code else "is damaged, or no checkpoint"
+        raise InputError(f"{short(path)} {what}: take another") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise InputError(f"{short(path)} is of another project, or version: take another")
+    if missing := {"model", "classes", "weights", "epoch", *also} - checkpoint.keys():
+        raise InputError(f"{short(path)} lacks {', '.join(sorted(missing))}: take another")
     return checkpoint
 
 
-def load_weights(model: nn.Module, checkpoint: dict, path: Path) -> None:
-    """Put a checkpoint's weights into a model.
-
-    Raises:
-        SystemExit: with one line of advice, where they do not fit.
-    """
+def load_states(checkpoint: dict, model: torch.nn.Module, optimizer=None, scheduler=None) -> None:
+    """Put a checkpoint's weights and states into their places; InputError, if they do not fit."""
     try:
         model.load_state_dict(checkpoint["weights"])
-    except (RuntimeError, TypeError):
-        sys.exit(
-            f"The weights in {short(path)} do not fit the {checkpoint['model']!r} of model.py: "
-            "undo the change to that file, or train anew"
-        )
+        if optimizer is not None:
+            new, saved = optimizer.state_dict()["param_groups"], checkpoint["optimizer"]
+            if [group.keys() for group in new] != [group.keys() for group in saved["param_groups"]]:
+                raise KeyError("the state of another kind of optimizer")
+            optimizer.load_state_dict(saved)
+            for weight, state in optimizer.state.items():
+                if any(value.shape not in (weight.shape, ()) for value in state.values()):
+                    raise ValueError("a fused optimizer would read and write beyond its end")
+            scheduler.load_state_dict(checkpoint["scheduler"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(
+            "The checkpoint does not fit the code: model, optimizer or scheduler were changed. "
+            "Undo that, or train anew"
+        ) from error
 
 
-def earlier_checkpoints(*paths: Path) -> dict[Path, Path]:
-    """Those of the paths where an earlier run left a file, each with a dated name to keep it by."""
-    names = {}
-    for path in paths:
-        if path.is_file():
-            date = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
-            names[path] = unused(path.with_stem(f"{path.stem}-{date}"))
-    return names
+def as_flags(args: argparse.Namespace) -> list[str]:
+    """Settings as a command line, for last.pt."""
+    settings = {k.replace("_", "-"): v for k, v in vars(args).items() if k not in FOLDERS}
+    switches = {True: "--{}", False: "--no-{}"}
+    return [
+        switches[value].format(name) if isinstance(value, bool) else f"--{name}={value}"
+        for name, value in settings.items()
+    ]
 
 
-def unused(path: Path) -> Path:
-    """A path where nothing is yet: this one, or one with a number."""
-    free, number = path, 1
-    while free.exists():
-        number += 1
-        free = path.with_stem(f"{path.stem}-{number}")
-    return free
+def parse_and_resume(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """parser.parse_args, but with --resume on top of the settings that the run began with.
 
-
-def lock_folder(folder: Path) -> FileLock:
-    """Make a folder, and keep other runs out of it until this process ends, however it ends.
-
-    Raises:
-        SystemExit: with one line of advice, where that can't be.
+    `resume` becomes the folder of that run: the one named, or the newest that is not finished.
     """
-    lock = FileLock(folder / ".lock")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=LOCK_SECONDS)
-    except Timeout:
-        sys.exit(f"Another run saves to {short(folder)}: wait, or choose another --checkpoint-dir")
-    except OSError as error:
-        sys.exit(f"--checkpoint-dir {short(folder)} can't be written to: {error.strerror}")
-    return lock
+    given = parser.parse_args(argv)
+    if not given.resume:
+        return given
+    named = Path(given.resume) if Path(given.resume).is_dir() else given.out_dir / given.resume
+    newest_first = sorted(given.out_dir.glob("*/last.pt"), reverse=True)
+    for path in newest_first if given.resume == "newest" else [named / "last.pt"]:
+        last = load_checkpoint(path, "optimizer", "scheduler", "best", "settings")
+        began = parser.parse_args(last["settings"])
+        if last["epoch"] >= (began.epochs or 0):
+            continue  # it is finished
+        args = parser.parse_args(argv, copy.copy(began))
+        for name in vars(args).keys() - FOLDERS - MAY_CHANGE:
+            if getattr(args, name) != getattr(began, name):
+                parser.error(f"--resume: this run has {name} {getattr(began, name)}, for good")
+        args.resume, args.data_dir, args.out_dir = path.parent, given.data_dir, given.out_dir
+        return args
+    raise InputError("--resume: there is no run that has begun and is not finished")
 
 
-def new_run_dir(log_dir: Path, model: str) -> Path:
-    """A new folder for a run's log, named after the time and the model.
+def run_script(parse_args, main) -> None:
+    """Run a script. What its user can mend ends in one line, and a bug in its traceback.
 
-    Raises:
-        SystemExit: with one line of advice, where it can't be made.
+    The exit status is 0, or 1 after an error; 130 after Ctrl-C, and 143 after SIGTERM.
     """
-    path = unused(log_dir / f"{time.strftime('%Y%m%d-%H%M%S')}-{model}")
-    try:
-        path.mkdir(parents=True)
-    except OSError as error:
-        sys.exit(f"--log-dir {short(log_dir)} can't be written to: {error.strerror}")
-    return path
+    args, signals = argparse.Namespace(), []
 
+    def interrupt(number: int, frame: object) -> None:
+        signals.append(number)
+        raise KeyboardInterrupt
 
-# Interruptions
-
-
-class Interrupted(Exception):
-    """A signal has asked the program to stop."""
-
-
-def cannot_write(error: BaseException | None) -> bool:
-    """Whether a disk is full, a folder not writable, or the like; other errors may be a bug."""
-    names = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "EPIPE")
-    return isinstance(error, OSError) and errno.errorcode.get(error.errno) in names
-
-
-class Guard:
-    """Whatever stops training costs the epoch in progress at most, and ends in one line.
-
-    Ctrl-C and SIGTERM are noted when they come, and obeyed between two steps; Python alone would
-    stop in the middle of one. A second signal does not wait.
-
-        with guard:
-            for batch in guard.steps(loader): ...
-
-    Attributes:
-        resume: the command that goes on with the run.
-        saved: the last epoch whose checkpoint is on the disk; 0 if there is none.
-    """
-
-    def __init__(self, resume: str, saved: int = 0):
-        self.resume = resume
-        self.saved = saved
-        self.signal = 0
-        self.in_steps = False
-        self.ending = threading.Lock()
-        self.old_handlers = {
-            number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        threading.excepthook = self.end_with_thread
-
-    def note(self, number: int, frame: object) -> None:
-        """Handle a signal."""
-        if self.signal or not self.in_steps:
-            sys.exit(128 + number)  # the status that shells expect: 130 or 143
-        self.signal = number
-
-    def steps(self, batches: Iterable) -> Iterator:
-        """Hand on batches until a signal has come."""
-        self.in_steps = True
-        for batch in batches:
-            if self.signal:
-                raise Interrupted
-            yield batch
-
-    def end_with_thread(self, failure: threading.ExceptHookArgs) -> None:
-        """tensorboardX writes in a thread: an error there would leave the main one waiting."""
-        if not cannot_write(failure.exc_value):
-            return threading.__excepthook__(failure)
-        self.end_at_once(failure.exc_value)
-
-    def end_at_once(self, error: OSError) -> None:
-        """Say what happened and leave, without the clean-up that would fail for the same reason."""
-        self.ending.acquire()  # if both threads come here, one waits for the end
-        print(self.explain(error), file=sys.stderr)
+    def end(error: BaseException) -> None:
+        line = "Stopped." if signals else " ".join(str(error).split())
+        run_dir = getattr(args, "run_dir", None)  # of train.py, once it has one
+        if run_dir and (run_dir / "last.pt").exists() and (signals or isinstance(error, OSError)):
+            line += f" Go on with: python {short(Path(sys.argv[0]))} --resume {short(run_dir)}"
+        print("\n" * sys.stderr.isatty() + line, file=sys.stderr)
         sys.stdout.flush()
-        os._exit(1)
+        os._exit(128 + signals[0] if signals else 1)  # clean-up might wait for a full disk for ever
 
-    def __enter__(self) -> "Guard":
-        return self
-
-    def __exit__(self, kind: type, error: BaseException | None, traceback: object) -> None:
-        for number, handler in self.old_handlers.items():
-            signal.signal(number, handler)
-        if cannot_write(error):
-            self.end_at_once(error)
-        if self.signal and isinstance(error, Exception):
-            error = Interrupted()  # whatever else the signal has broken on its way
-        threading.excepthook = threading.__excepthook__
-        line = self.explain(error)
-        if line:
-            of_all = isinstance(error, (FloatingPointError, Interrupted))
-            if not of_all or os.environ.get("RANK", "0") == "0":  # of several processes one speaks
-                print(f"\n{line}" if sys.stderr.isatty() else line, file=sys.stderr)
-            sys.exit(128 + self.signal if self.signal else 1)
-
-    def explain(self, error: BaseException | None) -> str | None:
-        """One line on what happened and how to go on; None for a bug, which keeps its traceback."""
-        epoch = self.saved + 1
-        if isinstance(error, FloatingPointError):
-            kept = f"; best.pt and last.pt are still those of epoch {self.saved}"
-            return f"Epoch {epoch}: {error}. Try a smaller --lr{kept if self.saved else ''}"
-        if isinstance(error, Interrupted):
-            what = f"Stopped in epoch {epoch}"
-        elif cannot_write(error):
-            what = f"Stopped in epoch {epoch}, cannot write: {error.strerror}"
-        elif isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
-            what = f"Stopped in epoch {epoch}, a process that loads data (--workers) has died"
-        else:
-            return None
-        if not self.saved:
-            return f"{what}. No epoch is saved yet: start again"
-        return f"{what}. Epoch {self.saved} is saved; go on with: {self.resume}"
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+    threading.excepthook = lambda failure: end(failure.exc_value)  # tensorboardX writes in a thread
+    try:
+        args = parse_args()
+        main(args)
+    except (Exception, KeyboardInterrupt) as error:
+        if not signals and not isinstance(error, (InputError, OSError, FloatingPointError)):
+            raise
+        end(error)
 
 
 def short(path: Path) -> str:

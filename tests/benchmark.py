@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
@@ -34,16 +33,15 @@ from torchvision import datasets, transforms
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dataset import MNISTDataset, make_loader  # noqa: E402
-from devices import prepare  # noqa: E402
-from evaluate import measure, predict  # noqa: E402
+from dataset import MNISTDataset  # noqa: E402
+from evaluate import predict  # noqa: E402
 from model import build_model, parameter_groups  # noqa: E402
-from pictures import log_end, log_epoch, log_start  # noqa: E402
-from train import Config, train_epoch  # noqa: E402
-from utils import save_checkpoint  # noqa: E402
+from train import parse_args, train_epoch  # noqa: E402
+from utils import save_checkpoint, setup_distributed  # noqa: E402
 
 TEXTBOOK_EPOCHS = 14
 CPU = torch.device("cpu")
+BATCH_SIZE = parse_args([]).batch_size
 
 
 def main() -> None:
@@ -66,9 +64,8 @@ def main() -> None:
     step, bare_step, share_of_peak = steps()
     shortest = [default_run(0, "--epochs", "1") for _ in range(3)]
     quick = sorted(shortest, key=lambda run: run["seconds"])[1]
-    size, plain_size = checkpoint_size(build_model("cnn")), checkpoint_size(textbook["model"])
-    logging = logging_time(Config().epochs)
-    ours, theirs = inference_speed(build_model("cnn")), inference_speed(textbook["model"])
+    size, plain_size = checkpoint_size(build_model("cnn", 10)), checkpoint_size(textbook["model"])
+    ours, theirs = inference_speed(build_model("cnn", 10)), inference_speed(textbook["model"])
 
     quick_test = 10_000 / ours  # the textbook's time includes its tests too
     quick_steps = 55_000 / quick["speed"] + quick_test
@@ -105,7 +102,6 @@ def main() -> None:
         ),
         ("loader's share of an epoch", f"{55_000 / loader / step:.1%}", "", None),
         ("an epoch against a bare loop", f"{step / bare_step:.2f}", "", None),
-        ("TensorBoard's share of a run", f"{logging / whole:.1%}", "", None),
         ("share of peak arithmetic in a step", f"{share_of_peak:.0%}", "", None),
         (
             "start to first step, against imports",
@@ -154,7 +150,6 @@ def textbook_run() -> dict:
         for train in (True, False)
     }
     loader = DataLoader(data[True], batch_size=64, shuffle=True)
-    test_loader = DataLoader(data[False], batch_size=1_000)
     start = time.perf_counter()
     images = sum(len(labels) for _, labels in islice(loader, 200))
     loader_speed = images / (time.perf_counter() - start)
@@ -174,7 +169,7 @@ def textbook_run() -> dict:
         nn.Linear(128, 10),
     )
     optimizer = torch.optim.Adadelta(model.parameters(), lr=1.0)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.7)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.7)
     times, accuracy = [], 0.0
     start = time.perf_counter()
     while accuracy < 0.99 and len(times) < 6:
@@ -185,9 +180,10 @@ def textbook_run() -> dict:
             loss = F.cross_entropy(model(inputs), labels)
             loss.backward()
             optimizer.step()
-        schedule.step()
+        scheduler.step()
         times.append(time.perf_counter() - epoch_start)
-        accuracy = measure(*predict(model, test_loader, CPU)).accuracy
+        logits, labels = predict(model, data[False], CPU)
+        accuracy = (logits.argmax(dim=1) == labels).float().mean().item()
     return {
         "model": model,
         "loader": loader_speed,
@@ -222,9 +218,10 @@ def default_run(seed: int, *flags: str) -> dict[str, float]:
         accuracy on validation images, and the accuracy on test images (both in %).
     """
     with tempfile.TemporaryDirectory() as folder:
-        folders = ["--checkpoint-dir", folder, "--log-dir", folder]
-        seconds, memory, output = run(ROOT / "train.py", "--seed", str(seed), *folders, *flags)
-        _, _, report = run(ROOT / "evaluate.py", "--checkpoint", Path(folder, "best.pt"))
+        flags = ("--seed", str(seed), "--out-dir", folder, *flags)
+        seconds, memory, output = run(ROOT / "train.py", *flags)
+        (best,) = Path(folder).glob("*/best.pt")
+        _, _, report = run(ROOT / "evaluate.py", "--checkpoint", best)
     speeds = re.findall(r"^ +\d+/\d+ .* ([\d,]+)$", output, re.MULTILINE)
     return {
         "seconds": seconds,
@@ -238,8 +235,8 @@ def default_run(seed: int, *flags: str) -> dict[str, float]:
 def start_up() -> tuple[float, float]:
     """Seconds to the first training step of train.py, and to import torch and torchvision."""
     to_first_step = (
-        "import sys, train; train.train_epoch = lambda *args: sys.exit(); train.main(train.Config("
-        "checkpoint_dir=sys.argv[1], log_dir=sys.argv[1]))"
+        "import sys, train; train.train_epoch = lambda *args: sys.exit(); "
+        "train.main(train.parse_args([f'--out-dir={sys.argv[1]}']))"
     )
     ours, imports = [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -252,22 +249,22 @@ def start_up() -> tuple[float, float]:
 def loader_speed() -> float:
     """Augmented images a second that the loader alone hands out."""
     dataset = MNISTDataset(ROOT / "data", "train")
-    loader = make_loader(dataset, Config.batch_size, shuffle=True)
+    loader = DataLoader(dataset, BATCH_SIZE, shuffle=True)
     times = []
-    for epoch in range(5):
+    for _ in range(5):
         start = time.perf_counter()
-        dataset.set_epoch(epoch)
         images = sum(len(labels) for _, labels in loader)
         times.append(time.perf_counter() - start)
     return images / statistics.median(times)
 
 
-def training(name: str = Config.model, **resnet_options: bool) -> tuple:
+def training(name: str = "cnn", **resnet_options: bool) -> tuple:
     """What train.py trains, by default the CNN, ready for train_epoch."""
-    model = prepare(build_model(name, **resnet_options), CPU, compile=False)
+    setup_distributed("cpu")
+    model = build_model(name, 10, **resnet_options).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.001, pretrained=True), fused=True)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
-    return model, nn.CrossEntropyLoss(label_smoothing=0.1), optimizer, schedule
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
+    return model, nn.CrossEntropyLoss(label_smoothing=0.1), optimizer, scheduler
 
 
 def steps() -> tuple[float, float, float]:
@@ -278,14 +275,14 @@ def steps() -> tuple[float, float, float]:
     takes three times the arithmetic of its forward pass.
     """
     dataset = Subset(MNISTDataset(ROOT / "data", "train"), range(11_000))
-    loader = make_loader(dataset, Config.batch_size, shuffle=True)
+    loader = DataLoader(dataset, BATCH_SIZE, shuffle=True)
     batches = list(loader)
-    model, loss_function, optimizer, schedule = training()
+    model, loss_function, optimizer, scheduler = training()
     matrix = torch.randn(2_048, 2_048)
     ours, bare, product = [], [], []
     for _ in range(7):
         start = time.perf_counter()
-        train_epoch(model, loader, loss_function, optimizer, schedule, CPU)
+        train_epoch(model, loader, loss_function, optimizer, scheduler, CPU)
         ours.append(time.perf_counter() - start)
 
         start = time.perf_counter()
@@ -318,9 +315,9 @@ def step_shares() -> dict[str, float]:
         "ReLU": ("clamp_min", "threshold"),
         "optimizer": ("adamw", "AdamW"),
     }
-    model, loss_function, optimizer, schedule = training()
-    batch = torch.randn(Config.batch_size, 1, 28, 28), torch.randint(10, (Config.batch_size,))
-    others = (loss_function, optimizer, schedule, CPU)
+    model, loss_function, optimizer, scheduler = training()
+    batch = torch.randn(BATCH_SIZE, 1, 28, 28), torch.randint(10, (BATCH_SIZE,))
+    others = (loss_function, optimizer, scheduler, CPU)
     train_epoch(model, [batch] * 5, *others)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         train_epoch(model, [batch] * 50, *others)
@@ -331,25 +328,6 @@ def step_shares() -> dict[str, float]:
         for kind, parts in kinds.items()
     }
     return shares | {"all else": 1 - sum(shares.values())}
-
-
-def logging_time(epochs: int) -> float:
-    """Seconds that a run spends on what TensorBoard shows, matplotlib's import not included."""
-    train_set, validation_set = (MNISTDataset(ROOT / "data", s) for s in ("train", "validation"))
-    model, loss_function, *_ = training()
-    images, labels = train_set.__getitems__(list(range(128)))
-    loss_function(model(images), labels).backward()  # for gradients to log
-    logits, labels = predict(model, make_loader(validation_set, batch_size=1_000), CPU)
-    confusion = measure(logits, labels).confusion
-    numbers = {f"charts/{i}": 0.0 for i in range(4)}
-    with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        log_start(Path(folder), asdict(Config()), model, images[:1])
-        for epoch in range(1, epochs + 1):
-            samples = train_set.__getitems__(list(range(40)))
-            log_epoch(Path(folder), epoch, numbers, numbers, model, samples)
-        log_end(Path(folder), epochs, {}, {}, model, validation_set, logits, confusion)
-        return time.perf_counter() - start
 
 
 def checkpoint_size(model: nn.Module) -> int:
@@ -376,12 +354,12 @@ def inference_speed(model: nn.Module) -> float:
 def growth(images: int, batch_size: int) -> tuple[float, float]:
     """Seconds for an epoch of so many images, and microseconds for each of them."""
     dataset = Subset(MNISTDataset(ROOT / "data", "train"), range(images))
-    loader = make_loader(dataset, batch_size, shuffle=True)
-    model, loss_function, optimizer, schedule = training()
-    warm_up = make_loader(Subset(dataset, range(min(images, 3 * batch_size))), batch_size)
-    train_epoch(model, warm_up, loss_function, optimizer, schedule, CPU)
+    loader = DataLoader(dataset, batch_size, shuffle=True)
+    model, loss_function, optimizer, scheduler = training()
+    warm_up = DataLoader(Subset(dataset, range(min(images, 3 * batch_size))), batch_size)
+    train_epoch(model, warm_up, loss_function, optimizer, scheduler, CPU)
     start = time.perf_counter()
-    train_epoch(model, loader, loss_function, optimizer, schedule, CPU)
+    train_epoch(model, loader, loss_function, optimizer, scheduler, CPU)
     seconds = time.perf_counter() - start
     return seconds, 1e6 * seconds / images
 
@@ -389,7 +367,7 @@ def growth(images: int, batch_size: int) -> tuple[float, float]:
 def fine_tuning() -> tuple[float, float, float]:
     """Seconds for an epoch of ResNet-18, of its head alone, and of the CNN: they take turns."""
     dataset = MNISTDataset(ROOT / "data", "train")
-    loader = make_loader(Subset(dataset, range(5 * Config.batch_size)), Config.batch_size)
+    loader = DataLoader(Subset(dataset, range(5 * BATCH_SIZE)), BATCH_SIZE)
     trainings = [
         training("resnet18"),
         training("resnet18", freeze_backbone=True),
@@ -401,7 +379,7 @@ def fine_tuning() -> tuple[float, float, float]:
             start = time.perf_counter()
             train_epoch(kind[0], loader, *kind[1:], CPU)
             seconds.append(time.perf_counter() - start)
-    scale = len(dataset) / (5 * Config.batch_size)
+    scale = len(dataset) / (5 * BATCH_SIZE)
     return tuple(scale * statistics.median(seconds[1:]) for seconds in times)
 
 

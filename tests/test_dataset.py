@@ -1,28 +1,21 @@
+"""The data: samples, split, augmentation, loading; then pictures of your own."""
+
+import gzip
 import hashlib
 import os
-import signal
-import sys
-import threading
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import ROOT
-from torch.utils.data import TensorDataset
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
 from torchvision import datasets
 
-from dataset import (
-    MEAN,
-    STD,
-    MNISTDataset,
-    make_loader,
-    random_affine_maps,
-    sampling_grid,
-    split_indices,
-)
+from dataset import MNISTDataset, random_affine, read_digit
+from evaluate import predict
+from model import build_model
+from utils import InputError, load_checkpoint
 
 SIZES = {"train": 55_000, "validation": 5_000, "test": 10_000}
 
@@ -30,19 +23,6 @@ SIZES = {"train": 55_000, "validation": 5_000, "test": 10_000}
 @pytest.fixture(scope="module")
 def sets(data_dir):
     return {split: MNISTDataset(data_dir, split) for split in SIZES}
-
-
-@pytest.fixture(scope="module")
-def plain_train(data_dir):
-    """The training images without augmentation, in the same order."""
-    dataset = MNISTDataset(data_dir, "train")
-    dataset.augment = False
-    return dataset
-
-
-def ink(images):
-    """Sum of all pixels of each image, 0 to 784: what is left when the normalisation is undone."""
-    return (images * STD + MEAN).sum(dim=(1, 2, 3))
 
 
 @pytest.mark.parametrize("name, md5", datasets.MNIST.resources)
@@ -54,180 +34,251 @@ def test_committed_files_are_the_canonical_ones(name, md5):
 @pytest.mark.parametrize("split", SIZES)
 def test_samples_have_the_documented_form(sets, split):
     dataset = sets[split]
-    assert len(dataset) == SIZES[split]
-
-    image, label = dataset[0]
+    assert len(dataset) == SIZES[split] and dataset.classes == 10
+    image, label = dataset[-1]
     assert image.shape == (1, 28, 28) and image.dtype == torch.float32
     assert label.shape == () and label.dtype == torch.int64
-
-    images, labels = dataset.__getitems__(list(range(2_000)))
-    assert images.shape == (2_000, 1, 28, 28) and images.dtype == torch.float32
+    images, labels = default_collate(dataset.__getitems__(range(2_000)))
     assert labels.unique().tolist() == list(range(10))
-    pixels = images * STD + MEAN
-    assert pixels.min() > -1e-5 and pixels.max() < 1 + 1e-5
-    assert pixels.max() > 0.9
+    assert images.min() == 0 and 0.9 < images.max() <= 1.001
 
 
-@pytest.mark.parametrize("split", ["validation", "test"])
-def test_evaluation_images_are_the_originals(sets, data_dir, split):
-    original = datasets.MNIST(data_dir, train=split != "test", download=True)
-    indices = range(10_000) if split == "test" else split_indices(original.targets)[1].tolist()
+def test_test_images_are_the_originals(sets, data_dir):
+    original = datasets.MNIST(data_dir, train=False)
     for i in (0, 1, 2_345, -1):
-        image, label = sets[split][i]
-        assert label == original.targets[indices[i]]
-        pixels = original.data[indices[i]].float() / 255
-        torch.testing.assert_close(image[0] * STD + MEAN, pixels, atol=1e-6, rtol=0)
+        image, label = sets["test"][i]
+        assert label == original.targets[i]
+        assert torch.equal(image[0], original.data[i].float() / 255)
 
 
-def test_mean_and_std_are_those_of_the_training_images(data_dir):
-    pixels = datasets.MNIST(data_dir, train=True, download=True).data.double() / 255
-    assert round(pixels.mean().item(), 4) == MEAN
-    assert round(pixels.std().item(), 4) == STD
-
-
-def test_split_is_disjoint_complete_and_stratified(data_dir):
-    labels = datasets.MNIST(data_dir, train=True, download=True).targets
-    train, validation = split_indices(labels)
-    assert torch.equal(torch.cat([train, validation]).sort().values, torch.arange(60_000))
-    assert len(validation) == 5_000
-
-    fair_share = labels.bincount() * len(validation) / len(labels)
-    assert (labels[validation].bincount() - fair_share).abs().max() < 1
-
+def test_the_split_is_disjoint_complete_and_always_the_same(sets, data_dir):
+    rows = torch.cat([sets[split].images.flatten(1) for split in ("train", "validation")])
+    original = datasets.MNIST(data_dir, train=True).data.flatten(1)
+    weights = torch.arange(784) ** 2 + 1  # a checksum for each image
+    assert torch.equal(
+        (rows * weights).sum(dim=1).sort().values, (original * weights).sum(dim=1).sort().values
+    )
     torch.manual_seed(1)  # whatever the state of the global generator
-    again = split_indices(labels)
-    assert torch.equal(train, again[0]) and torch.equal(validation, again[1])
+    again = MNISTDataset(data_dir, "validation")
+    assert torch.equal(again.images, sets["validation"].images)
 
 
-def test_only_training_images_are_augmented(sets, plain_train):
+def test_only_training_images_are_augmented_and_each_time_anew(sets):
     for split in ("validation", "test"):
-        before, _ = sets[split][7]
-        sets[split].set_epoch(3)
-        assert torch.equal(sets[split][7][0], before)
-
-    indices = list(range(500))
-    augmented, labels = sets["train"].__getitems__(indices)
-    plain, plain_labels = plain_train.__getitems__(indices)
-    assert torch.equal(labels, plain_labels)
-    changed = (augmented != plain).flatten(1).any(dim=1)
-    assert changed.all()
-
-
-def test_augmentation_differs_between_images_epochs_and_seeds(data_dir):
-    dataset = MNISTDataset(data_dir, "train", seed=0)
-    dataset.images[:100] = dataset.images[0].clone()  # a hundred times the same image
-    epoch_0, _ = dataset.__getitems__(list(range(100)))
-    assert len(epoch_0.flatten(1).unique(dim=0)) == 100
-
-    dataset.set_epoch(1)
-    epoch_1, _ = dataset.__getitems__(list(range(100)))
-    assert (epoch_0 != epoch_1).flatten(1).any(dim=1).all()
-
-    dataset.set_epoch(0)
-    assert torch.equal(dataset.__getitems__(list(range(100)))[0], epoch_0)
-
-    dataset.seed = 1
-    dataset.set_epoch(0)
-    other_seed, _ = dataset.__getitems__(list(range(100)))
-    assert (epoch_0 != other_seed).flatten(1).any(dim=1).all()
+        assert torch.equal(sets[split][7][0], sets[split][7][0])
+    images, again = (
+        torch.stack([x for x, _ in sets["train"].__getitems__(range(500))]) for _ in "ab"
+    )
+    plain = sets["train"].images[:500] / 255
+    for other in (again, plain):
+        assert (images != other).flatten(1).any(dim=1).all()
+    same = torch.stack([x for x, _ in sets["train"].__getitems__([3] * 100)])
+    assert len(same.flatten(1).unique(dim=0)) == 100  # each with numbers of its own
 
 
-def test_augmentation_keeps_the_ink(sets, plain_train):
-    indices = list(range(0, 55_000, 11))
-    ratio = ink(sets["train"].__getitems__(indices)[0]) / ink(plain_train.__getitems__(indices)[0])
+def test_the_affine_map_is_random_small_and_keeps_the_ink(sets):
+    torch.manual_seed(0)
+    images = sets["test"].images / 255
+    augmented = random_affine(images)
+    assert augmented.shape == images.shape and augmented.dtype == torch.float32
+    ratio = augmented.sum(dim=(1, 2, 3)) / images.sum(dim=(1, 2, 3))
     # A scale of 1 ± 0.06 changes areas by its square: 0.88 to 1.12, and its inverse.
-    assert ratio.min() > 0.85 and ratio.max() < 1.16
+    assert 0.85 < ratio.min() < 0.93 and 1.08 < ratio.max() < 1.16
     assert abs(ratio.mean() - 1) < 0.03
 
+    def centre(images):
+        x = (images.sum(dim=(1, 2)) * torch.arange(28)).sum(dim=1)
+        return x / images.sum(dim=(1, 2, 3))
 
-def test_affine_maps_stay_near_the_identity():
-    maps = random_affine_maps(10_000, np.random.default_rng(0))
-    assert maps.shape == (10_000, 2, 3) and maps.dtype == torch.float32
-    linear, shift = maps[:, :, :2], maps[:, :, 2]
-    assert (linear - torch.eye(2)).abs().max() < 0.3
-    assert 0.9 < shift.abs().max() * 14 <= 1
-    torch.testing.assert_close(maps.mean(dim=0), torch.eye(2, 3), atol=0.01, rtol=0)
-
-
-def test_sampling_grid_equals_torch_affine_grid():
-    maps = random_affine_maps(50, np.random.default_rng(0))
-    expected = F.affine_grid(maps, (50, 1, 28, 28), align_corners=False)
-    torch.testing.assert_close(sampling_grid(maps), expected, atol=1e-6, rtol=0)
+    shift = centre(augmented) - centre(images)
+    assert 0.9 < shift.abs().max() < 1.6  # a pixel, and what turning and shearing add
+    assert abs(shift.mean()) < 0.02
 
 
-def test_an_image_is_the_same_one_by_one_and_in_any_batch(sets):
-    dataset = sets["train"]
-    indices = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[
-        :300
-    ].tolist()
-    together, labels = dataset.__getitems__(indices)
-    for position, index in enumerate(indices):
-        image, label = dataset[index]
-        assert torch.equal(image, together[position])
-        assert label == labels[position]
-    in_sevens = torch.cat([dataset.__getitems__(indices[i : i + 7])[0] for i in range(0, 300, 7)])
-    assert torch.equal(in_sevens, together)
+def test_a_plain_loader_a_subset_and_the_default_collation_work(sets):
+    """The first thing that somebody who copies the project does."""
+    images, labels = next(iter(DataLoader(sets["train"], batch_size=128)))
+    assert images.shape == (128, 1, 28, 28) and labels.shape == (128,)
+    subset = Subset(sets["test"], range(10, 20))
+    images, labels = next(iter(DataLoader(subset, batch_size=10)))
+    assert torch.equal(images, sets["test"].images[10:20] / 255)
+    assert torch.equal(labels, sets["test"].labels[10:20])
+    images, _ = default_collate([sets["test"][i] for i in range(10, 20)])
+    assert torch.equal(images, sets["test"].images[10:20] / 255)
 
 
-def test_a_shuffled_epoch_holds_each_image_once(sets):
-    dataset = sets["validation"]
-    torch.manual_seed(0)
-    loader = make_loader(dataset, batch_size=128, shuffle=True)
-    order_1 = torch.cat([labels for _, labels in loader])
-    order_2 = torch.cat([labels for _, labels in loader])
-    assert [len(labels) for _, labels in loader] == [128] * 39 + [8]
-    assert not torch.equal(order_1, order_2)
-    assert torch.equal(order_1.bincount(), dataset.labels.bincount())
+def damage(raw, kind):
+    """Damage MNIST's files in one way."""
+    images, labels = raw / "train-images-idx3-ubyte", raw / "train-labels-idx1-ubyte"
+    if kind == "missing":
+        images.unlink()
+    elif kind == "truncated":
+        images.write_bytes(images.read_bytes()[:100_000])
+    elif kind == "empty":
+        images.write_bytes(b"")
+    elif kind == "no header":
+        images.write_bytes(b"\xff" * 16 + images.read_bytes()[16:])
+    elif kind == "labels of fewer images":
+        labels.write_bytes((raw / "t10k-labels-idx1-ubyte").read_bytes())
+    elif kind == "archive damaged":
+        packed = bytearray(gzip.compress(images.read_bytes()))
+        packed[len(packed) // 2] ^= 0xFF
+        (raw / f"{images.name}.gz").write_bytes(packed)
+        images.unlink()
 
 
-def test_a_dataset_of_single_samples_is_batched_too():
-    """What most people write has `__getitem__` alone."""
-    images, labels = torch.randn(5, 1, 28, 28), torch.arange(5)
-    batches = list(make_loader(TensorDataset(images, labels), batch_size=2))
-    assert [len(x) for x, _ in batches] == [2, 2, 1]
-    assert torch.equal(torch.cat([x for x, _ in batches]), images)
-    assert torch.equal(torch.cat([y for _, y in batches]), labels)
-
-
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
-def test_workers_give_the_same_batches(sets, start_method):
-    """macOS and Windows start workers by spawn: data set and functions have to be picklable.
-
-    Ctrl-C reaches the workers too, and must not stop them: the main process decides.
-    """
-    if start_method not in torch.multiprocessing.get_all_start_methods():
-        pytest.skip(f"this operating system does not {start_method} processes")
-    dataset = sets["train"]
-    dataset.set_epoch(2)
-    alone = make_loader(dataset, batch_size=11_000)
-    helped = make_loader(dataset, batch_size=11_000, workers=2)
-    helped.multiprocessing_context = start_method
-    for number, (batch, helped_batch) in enumerate(zip(alone, helped, strict=True)):
-        for ours, theirs in zip(batch, helped_batch, strict=True):
-            assert torch.equal(ours, theirs)
-        if number > 0 and sys.platform != "win32":  # both workers have started: each gave a batch
-            for worker in torch.multiprocessing.active_children():
-                os.kill(worker.pid, signal.SIGINT)
-
-
-def test_unknown_split_is_refused(data_dir):
-    with pytest.raises(ValueError, match="'train', 'validation' or 'test'"):
-        MNISTDataset(data_dir, "valid")
-
-
-def test_missing_files_are_downloaded(tmp_path, monkeypatch):
-    handler = partial(SimpleHTTPRequestHandler, directory=ROOT / "data" / "MNIST" / "raw")
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as mirror:
-        threading.Thread(target=mirror.serve_forever).start()
-        address = f"http://127.0.0.1:{mirror.server_port}/"
-        monkeypatch.setattr(datasets.MNIST, "mirrors", [address])
-        assert len(MNISTDataset(tmp_path, "test")) == 10_000
-        mirror.shutdown()
-
-
-def test_missing_files_without_network_give_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])  # nobody listens there
-    with pytest.raises(SystemExit) as stop:
-        MNISTDataset(tmp_path, "test")
+@pytest.mark.parametrize(
+    "kind",
+    ["missing", "truncated", "empty", "no header", "labels of fewer images", "archive damaged"],
+)
+def test_bad_data_gives_one_line(small_data_dir, tmp_path, offline, monkeypatch, kind):
+    folder = tmp_path / "data"
+    for path in small_data_dir.rglob("*-ubyte"):
+        copy = folder / path.relative_to(small_data_dir)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    damage(folder / "MNIST" / "raw", kind)
+    monkeypatch.setattr(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])  # nobody listens
+    with pytest.raises(InputError) as stop:
+        MNISTDataset(folder, "train")
     message = str(stop.value)
-    assert str(tmp_path) in message and "--data-dir" in message and "\n" not in message
+    assert str(folder) in message and "\n" not in message
+
+
+# Pictures of digits as people bring them: made of MNIST test images, or drawn with Pillow.
+
+
+def enlarged(image, factor=8):
+    """An MNIST image (28, 28) uint8 as black ink on white paper, mode L."""
+    size = (28 * factor, 28 * factor)
+    return ImageOps.invert(Image.fromarray(image)).resize(size, Image.Resampling.BICUBIC)
+
+
+def on_paper(image, rng, ink=(0, 0, 0), paper=(255, 255, 255), shade=0.0, noise=0.0):
+    """Ink of one colour on a larger sheet of another, unevenly lit, with the camera's noise."""
+    strength = 1 - np.asarray(enlarged(image), dtype=float) / 255
+    sheet = np.zeros((400, 480))
+    top, left = rng.integers(0, 400 - 224), rng.integers(0, 480 - 224)
+    sheet[top : top + 224, left : left + 224] = strength
+    colours = sheet[..., None] * np.array(ink) + (1 - sheet[..., None]) * np.array(paper)
+    y, x = np.mgrid[-1:1:400j, -1:1:480j]
+    angle = rng.uniform(0, 2 * np.pi)
+    light = 1 + shade * (np.cos(angle) * x + np.sin(angle) * y - (x**2 + y**2) / 3)
+    colours = colours * light[..., None] + rng.normal(0, noise, colours.shape)
+    return Image.fromarray(colours.clip(0, 255).astype(np.uint8))
+
+
+def small(image, rng):
+    """A digit of a tenth of the sheet's width, anywhere on it."""
+    ink = 1 - np.asarray(enlarged(image).resize((24, 24), Image.Resampling.BOX)) / 255
+    sheet = 230 + rng.normal(0, 4, (240, 240))
+    top, left = rng.integers(0, 240 - 24, 2)
+    sheet[top : top + 24, left : left + 24] -= 190 * ink
+    return Image.fromarray(sheet.clip(0, 255).astype(np.uint8))
+
+
+def transparent(image, rng, ink=(0, 0, 0)):
+    """Ink on nothing: what drawing programs save."""
+    alpha = ImageOps.invert(enlarged(image))
+    picture = Image.new("RGBA", alpha.size, (*ink, 255))
+    picture.putalpha(alpha)
+    return picture
+
+
+# Each makes of an MNIST image, and a random generator, a picture.
+KINDS = {
+    "inverted": lambda image, rng: ImageOps.invert(Image.fromarray(image)),
+    "enlarged": lambda image, rng: enlarged(image),
+    "2 megapixels": lambda image, rng: enlarged(image, factor=54),
+    "shifted": on_paper,
+    "red on yellow": lambda image, rng: on_paper(image, rng, (200, 30, 30), (250, 240, 150)),
+    "red on equal blue": lambda image, rng: on_paper(image, rng, (200, 60, 60), (60, 70, 250)),
+    "chalk on a board": lambda image, rng: on_paper(image, rng, (240, 240, 235), (30, 80, 60)),
+    "pale pencil": lambda image, rng: on_paper(image, rng, (170, 170, 175), (235, 235, 230)),
+    "noisy": lambda image, rng: on_paper(image, rng, (30,) * 3, (220,) * 3, noise=25),
+    "shaded": lambda image, rng: on_paper(image, rng, (30,) * 3, (200,) * 3, shade=0.35),
+    "shaded, noisy": lambda image, rng: on_paper(
+        image, rng, (40, 40, 90), (190, 185, 170), shade=0.3, noise=12
+    ),
+    "black on transparent": transparent,
+    "white on transparent": lambda image, rng: transparent(image, rng, (255, 255, 255)),
+    "a tenth of a sheet": small,
+    "blurred": lambda image, rng: enlarged(image).filter(ImageFilter.GaussianBlur(4)),
+    "1 bit a pixel": lambda image, rng: enlarged(image).convert("1", dither=Image.Dither.NONE),
+    "palette": lambda image, rng: enlarged(image).quantize(16),
+    "16 bits a pixel": lambda image, rng: Image.fromarray(
+        np.asarray(enlarged(image), dtype=np.uint16) * 200 + 3_000
+    ),
+    "low-quality JPEG": lambda image, rng: enlarged(image),
+}
+
+
+def save(picture, kind, folder):
+    path = folder / ("picture.jpg" if "JPEG" in kind else "picture.png")
+    picture.save(path, **({"quality": 15} if "JPEG" in kind else {}))
+    return path
+
+
+def likeness(a, b):
+    """The correlation of two images' pixels: 1 if they are the same, but for a shift by a pixel."""
+    shifts = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+    moved = [np.roll(a.squeeze(), shift, axis=(0, 1)) for shift in shifts]
+    return max(np.corrcoef(np.ravel(image), np.ravel(b))[0, 1] for image in moved)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_is_done_to_an_mnist_image_it_comes_back(sets, tmp_path, kind):
+    """MNIST was made in the same way, so that doing it again changes little."""
+    rng = np.random.default_rng(0)
+    for original in sets["test"].images[[0, 1, 4, 5], 0].numpy():
+        digit = read_digit(save(KINDS[kind](original, rng), kind, tmp_path))
+        assert digit.shape == (1, 28, 28) and digit.dtype == torch.float32
+        assert digit.min() == 0 and 0.9 < digit.max() <= 1
+        assert likeness(digit, original) > 0.8
+
+
+def test_the_longer_side_has_20_pixels_and_the_mass_is_in_the_middle(sets, tmp_path):
+    picture = on_paper(sets["test"].images[3, 0].numpy(), np.random.default_rng(1))
+    digit = read_digit(save(picture, "", tmp_path))[0].numpy()
+    rows, columns = np.nonzero(digit.max(axis=1))[0], np.nonzero(digit.max(axis=0))[0]
+    assert max(np.ptp(rows), np.ptp(columns)) + 1 == 20
+    for axis in (0, 1):
+        mean = (digit.sum(axis=1 - axis) * np.arange(28)).sum() / digit.sum()
+        assert mean == pytest.approx(14, abs=0.51)  # as in MNIST's files
+
+
+def test_a_photo_taken_sideways_is_turned_upright(sets, tmp_path):
+    upright = enlarged(sets["test"].images[0, 0].numpy())
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the orientation flag: turn by 90 degrees to see it upright
+    upright.rotate(90, expand=True).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    upright.save(tmp_path / "upright.jpg", quality=95)
+    turned = read_digit(tmp_path / "turned.jpg")
+    assert likeness(turned, read_digit(tmp_path / "upright.jpg")) > 0.99
+
+
+def test_specks_are_not_ink(sets, tmp_path):
+    clean = enlarged(sets["test"].images[0, 0].numpy())
+    dusty = clean.copy()
+    draw = ImageDraw.Draw(dusty)
+    for x, y in np.random.default_rng(0).integers(0, 220, (15, 2)).tolist():
+        draw.rectangle((x, y, x + 1, y + 1), fill=0)
+    draw.rectangle((3, 3, 13, 13), fill=0)  # a blot, in a corner
+    digits = [read_digit(save(picture, "", tmp_path)) for picture in (clean, dusty)]
+    assert likeness(*digits) > 0.98
+
+
+@pytest.mark.slow
+def test_at_least_98_percent_of_each_kind_are_read_correctly(default_run, sets, tmp_path):
+    model = build_model("cnn", classes=10)
+    model.load_state_dict(load_checkpoint(default_run / "best.pt")["weights"])
+    number, rng = int(os.environ.get("PICTURES_OF_A_KIND", 50)), np.random.default_rng(0)
+    originals = sets["test"].images[:: 10_000 // number, 0].numpy()
+    labels = sets["test"].labels[:: 10_000 // number]
+    right = {}
+    for kind, make in KINDS.items():
+        digits = [read_digit(save(make(x, rng), kind, tmp_path)) for x in originals]
+        logits, _ = predict(model, TensorDataset(torch.stack(digits), labels), torch.device("cpu"))
+        right[kind] = (logits.argmax(dim=1) == labels).sum().item()
+        print(f"| {kind} | {right[kind]} of {number} |")
+    assert min(right.values()) >= 0.98 * number, right
