@@ -180,16 +180,11 @@ def find_ink(picture: Image.Image) -> tuple[np.ndarray, list[int]]:
     colours = colours * alpha + paper * (1 - alpha)
     centred = (colours - colours.mean(axis=(0, 1))).reshape(-1, 3)
     _, _, directions = np.linalg.svd(centred.T @ centred)
-    grey = (centred @ directions[0]).reshape(1, *colours.shape[:2])
+    grey = (centred @ directions[0]).reshape(colours.shape[:2])
 
-    grey = torch.from_numpy(grey).float()
-    around = F.adaptive_avg_pool2d(grey[None], 4)  # the mean of each of 4×4 parts
-    around = F.interpolate(around, grey.shape[1:], mode="bilinear")[0]
-    if ((grey - around) ** 3).sum() > 0:
-        grey = -grey  # what differs most from its surroundings is ink, and dark from here on
-    # Paper, without the ink: the brightest nearby, and of that the darkest nearby (a "closing").
-    contrast = (-highest(-highest(grey)) - grey)[0].numpy()
-    contrast = contrast - np.median(contrast)
+    contrast = grey - paper_surface(grey)
+    if (contrast**3).sum() < 0:  # ink is the smaller part, and far from paper
+        contrast = -contrast
     noise = 1.48 * np.median(np.abs(contrast))  # standard deviation, if it is normal
     if contrast.max() < max(10, 6 * noise):
         raise InputError("there is no digit: the page is empty")
@@ -202,10 +197,20 @@ def find_ink(picture: Image.Image) -> tuple[np.ndarray, list[int]]:
     return ink[top:bottom, left:right].astype(np.float32), box
 
 
-def highest(grey: Tensor, size: int = 51) -> Tensor:
-    """The highest of all values (1, H, W) within a square, wider than a stroke, around each."""
-    columns = F.max_pool2d(grey, (size, 1), stride=1, padding=(size // 2, 0))
-    return F.max_pool2d(columns, (1, size), stride=1, padding=(0, size // 2))
+def paper_surface(grey: np.ndarray) -> np.ndarray:
+    """The brightness of unevenly lit paper (H, W): a quadratic surface through most pixels.
+
+    Least trimmed squares: fit all pixels, then again and again those that the fit is closest to.
+    """
+    y, x = (axis.ravel() / LOOK_AT for axis in np.indices(grey.shape))
+    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=1)
+    some, values = terms[::8], grey.ravel()[::8]  # enough to know a surface by
+    distance = np.abs(values - np.median(values))
+    for _ in range(10):
+        close = distance <= np.quantile(distance, 0.6)
+        weights = np.linalg.lstsq(some[close], values[close], rcond=None)[0]
+        distance = np.abs(values - some @ weights)
+    return (terms @ weights).reshape(grey.shape)
 
 
 def largest_components(mask: np.ndarray) -> np.ndarray:

@@ -119,13 +119,10 @@ def read_pictures(model: nn.Module, paths: list[Path], device: torch.device, fol
         raise utils.InputError(f"{len(paths) - len(images)} of {len(paths)} could not be read")
 
 
-# What people see in TensorBoard, and as pictures beside a checkpoint.
-
-
 def log_epoch(log: SummaryWriter, step: int, model: nn.Module, dataset: Dataset) -> None:
     """Show some images as the model is trained on them; its weights, and their last gradients."""
     images = torch.stack([dataset[i][0] for i in range(min(40, len(dataset)))])
-    log.add_image("augmented", make_grid(images, nrow=10), step)
+    log.add_image("images/augmented", make_grid(images, nrow=10), step)
     for name, weight in model.named_parameters():
         if weight.grad is not None:
             log.add_histogram(f"weights/{name}", weight, step)
@@ -134,8 +131,8 @@ def log_epoch(log: SummaryWriter, step: int, model: nn.Module, dataset: Dataset)
 
 def log_results(log, step: int, dataset: Dataset, logits: Tensor, labels: Tensor) -> None:
     """Show which images of a data set are classified wrongly."""
-    log.add_figure("confusion", confusion_figure(logits, labels), step)
-    log.add_figure("mistakes", mistakes_figure(dataset, logits, labels), step)
+    log.add_figure("images/confusion", confusion_figure(logits, labels), step)
+    log.add_figure("images/mistakes", mistakes_figure(dataset, logits, labels), step)
 
 
 def confusion_figure(logits: Tensor, labels: Tensor):
@@ -179,7 +176,7 @@ def sheet_figure(title: str, images: list[Tensor], captions: list[str], columns:
     axes.set_title(title)
     if images:
         cells = 1 - F.pad(torch.stack(images), (2, 2, 1, 7))  # left, right, top, bottom
-        axes.imshow(make_grid(cells, nrow=columns, padding=0).movedim(0, -1).numpy())
+        axes.imshow(make_grid(cells, nrow=columns, padding=0, pad_value=1).movedim(0, -1).numpy())
         height, width = cells.shape[-2:]
         for i, caption in enumerate(captions):
             x, y = (i % columns + 0.5) * width, (i // columns + 1) * height - 7

@@ -99,12 +99,12 @@ def main(args: argparse.Namespace) -> None:
 
         step = epoch * steps
         for i in range(0, steps, 10):
-            train_log.add_scalar("loss", losses[i], step - steps + i + 1)
-            train_log.add_scalar("learning_rate", rates[i], step - steps + i + 1)
-        train_log.add_scalar("accuracy", train_accuracy, step)
-        train_log.add_scalar("images_per_second", speed, step)
-        validation_log.add_scalar("loss", loss, step)
-        validation_log.add_scalar("accuracy", accuracy, step)
+            train_log.add_scalar("charts/loss", losses[i], step - steps + i + 1)
+            train_log.add_scalar("charts/learning_rate", rates[i], step - steps + i + 1)
+        train_log.add_scalar("charts/accuracy", train_accuracy, step)
+        train_log.add_scalar("charts/images_per_second", speed, step)
+        validation_log.add_scalar("charts/loss", loss, step)
+        validation_log.add_scalar("charts/accuracy", accuracy, step)
         log_epoch(train_log, step, model, train_set)  # images, weights, gradients
 
         # best.pt holds what evaluate.py needs, last.pt also what training needs to go on.
@@ -155,7 +155,6 @@ def train_epoch(model, batches, loss_function, optimizer, scheduler, device):
     losses, rates, correct = [], [], []  # tensors stay on the device: reading one means waiting
     for images, labels in batches:
         images, labels = images.to(device), labels.to(device)
-
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logits = model(images)  # forward: records the graph
             loss = loss_function(logits, labels)  # one number: how wrong

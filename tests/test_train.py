@@ -173,7 +173,9 @@ def test_bad_input_gives_one_line_and_writes_nothing(
 @pytest.mark.parametrize("batch_size, steps", [(300, 4), (400, 3), (600, 2), (1_100, 1)])
 def test_the_shortest_runs_train_at_a_rate_that_does_something(train, batch_size, steps):
     run_dir = train("--epochs=1", f"--batch-size={batch_size}")
-    rates = [event.value for event in read_log(run_dir / "training").Scalars("learning_rate")]
+    rates = [
+        event.value for event in read_log(run_dir / "training").Scalars("charts/learning_rate")
+    ]
     assert len(rates) == 1 and rates[0] > 1e-4
     assert load_checkpoint(run_dir / "last.pt")["scheduler"]["last_epoch"] == steps
 
@@ -216,7 +218,7 @@ def test_no_validation_mistakes_at_all(train, monkeypatch):
     monkeypatch.setattr(script, "predict", know_all)
     run_dir = train("--epochs=1")
     assert load_checkpoint(run_dir / "best.pt")["accuracy"] == 1
-    assert read_log(run_dir / "validation").Images("mistakes")
+    assert read_log(run_dir / "validation").Images("images/mistakes")
 
 
 @pytest.mark.parametrize("model", RECIPES)
@@ -367,20 +369,24 @@ def test_the_log_shows_what_the_readme_says(trained):
     last = load_checkpoint(trained / "last.pt")
     steps = last["scheduler"]["last_epoch"] // 2  # of the two epochs
     every_tenth = [e * steps + i + 1 for e in (0, 1) for i in range(0, steps, 10)]
-    assert [event.step for event in training.Scalars("loss")] == every_tenth
-    rates = [event.value for event in training.Scalars("learning_rate")]
+    assert [event.step for event in training.Scalars("charts/loss")] == every_tenth
+    rates = [event.value for event in training.Scalars("charts/learning_rate")]
     assert rates[0] < max(rates) > rates[-1]
     for log, tags in (
-        (training, ("accuracy", "images_per_second")),
-        (validation, ("loss", "accuracy")),
+        (training, ("charts/accuracy", "charts/images_per_second")),
+        (validation, ("charts/loss", "charts/accuracy")),
     ):
         for tag in tags:
             assert [event.step for event in log.Scalars(tag)] == [steps, 2 * steps]
-    assert validation.Scalars("accuracy")[1].value == pytest.approx(last["accuracy"])
+    assert validation.Scalars("charts/accuracy")[1].value == pytest.approx(last["accuracy"])
     histograms = set(training.Tags()["histograms"])
     for name, _ in build_model("cnn", last["classes"]).named_parameters():
         assert {f"weights/{name}", f"gradients/{name}"} <= histograms
-    for log, tag in ((training, "augmented"), (validation, "confusion"), (validation, "mistakes")):
+    for log, tag in (
+        (training, "images/augmented"),
+        (validation, "images/confusion"),
+        (validation, "images/mistakes"),
+    ):
         (*_, picture) = log.Images(tag)
         assert min(picture.width, picture.height) >= 100
 
@@ -538,7 +544,7 @@ def test_a_compiled_model_learns_the_same(train, tmp_path, monkeypatch):
     assert list((tmp_path / "cache").rglob("*.so"))
     eager, compiled = (load_checkpoint(run_dir / "last.pt") for run_dir in runs)
     assert eager["weights"].keys() == compiled["weights"].keys()
-    losses = [read_log(run_dir / "validation").Scalars("loss")[-1].value for run_dir in runs]
+    losses = [read_log(run_dir / "validation").Scalars("charts/loss")[-1].value for run_dir in runs]
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
