@@ -32,8 +32,6 @@ def main(args: argparse.Namespace) -> None:
     path = args.checkpoint or newest_checkpoint(ROOT / "checkpoints")
     checkpoint = utils.load_checkpoint(path)
     device, _, _ = utils.setup_distributed(args.device)
-
-    # The checkpoint says which model its weights belong to.
     model = build_model(checkpoint["model"], checkpoint["classes"])
     utils.load_states(checkpoint, model)
     model.to(device)
@@ -67,8 +65,10 @@ def predict(model: nn.Module, dataset: Dataset, device: torch.device) -> tuple[T
     model.eval()  # batch norm uses its running averages, not this batch's own
     loader = DataLoader(dataset, batch_size=1_000)
     batches = [(model(images.to(device)), labels) for images, labels in loader]
-    logits, labels = zip(*batches, strict=True)
-    return torch.cat(logits).cpu(), torch.cat(labels)
+    logits, labels = (torch.cat(parts).cpu() for parts in zip(*batches, strict=True))
+    if not logits.isfinite().all():
+        raise FloatingPointError("The model's logits are not all numbers. Try a smaller --lr.")
+    return logits, labels
 
 
 def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:

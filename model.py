@@ -57,15 +57,13 @@ def conv_block(channels_in: int, channels_out: int, kernel_size=3, pool=False) -
       MNIST's border is empty, and the less there is to compute the better.
     - Pooling keeps the largest of each 2×2 pixels: H and W are halved, and where exactly a feature
       was matters less.
-    - Batch norm gives each channel mean 0 and variance 1 over the batch, then a scale and a bias of
-      its own, which are trained: the next layer finds its input where it was a step ago.
+    - Batch norm gives each channel mean 0 and variance 1 over the batch (in evaluation: by running
+      averages), then a trained scale and bias. Training bears a larger learning rate with it.
     - ReLU, max(x, 0), is what makes several layers more than one: a sum of sums is but a sum.
-
-    Pooling usually comes last; here, batch norm and ReLU have a quarter of the values to work on.
     """
     return nn.Sequential(
         nn.Conv2d(channels_in, channels_out, kernel_size, bias=False),  # batch norm has a bias
-        nn.MaxPool2d(2) if pool else nn.Identity(),
+        nn.MaxPool2d(2) if pool else nn.Identity(),  # usually last; here it saves the rest work
         nn.BatchNorm2d(channels_out),
         nn.ReLU(inplace=True),
     )

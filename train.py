@@ -25,13 +25,13 @@ from evaluate import log_epoch, log_results, predict
 from model import build_model, parameter_groups
 
 ROOT = Path(__file__).resolve().parent
-# What suits each model. Weights that are nearly right want smaller steps, and fewer of them.
+# What suits each model. Pretrained weights are nearly right: they want few and small steps.
 RECIPES = {"cnn": {"epochs": 5, "lr": 0.01}, "resnet18": {"epochs": 2, "lr": 0.002}}
 LIMITS = {
     "epochs": (1, 10_000),
     "lr": (1e-9, 1e9),
     "batch_size": (1, 60_000),
-    "seed": (0, 2**32),
+    "seed": (0, 2**32 - 1),
     "workers": (0, 256),
 }
 
@@ -60,8 +60,8 @@ def main(args: argparse.Namespace) -> None:
     network = DistributedDataParallel(model) if world_size > 1 else model  # averages gradients
     network = torch.compile(network) if args.compile else network
 
-    # Loss: label smoothing asks for 91 % certainty, not for 100, and so keeps the logits small. The
-    # loss can't fall below 0.50 then: that is what being right with just 91 % costs.
+    # Loss: label smoothing asks for 0.91 on the right class and 0.01 on the others, not 1 and 0,
+    # so that logits stay small. Just that answer costs 0.50, its entropy: no loss gets below.
     loss_function = nn.CrossEntropyLoss(label_smoothing=0.1)
     optimizer, scheduler = build_optimizer(model, args, total_steps=args.epochs * steps)
 
@@ -80,7 +80,7 @@ def main(args: argparse.Namespace) -> None:
         print("  epoch   training loss, accuracy   validation loss, accuracy   images/s")
 
     for epoch in range(done + 1, args.epochs + 1):
-        # All that is random in an epoch (order, augmentation, dropout) follows from this number.
+        # A number for each seed, epoch, process: order, augmentation, dropout follow from it.
         torch.manual_seed((args.seed * 10_000 + epoch) * 1_000 + rank)
         batches = tqdm(train_loader, f"epoch {epoch}", leave=False, disable=rank > 0 or None)
         start = time.perf_counter()
@@ -89,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
         )
         speed = images / (time.perf_counter() - start)
         if rank > 0:
-            continue  # the first process alone validates, prints, logs and saves
+            continue  # the first alone validates, prints, logs, saves; others wait in backward()
 
         logits, labels = predict(model, validation_set, device)
         loss = loss_function(logits, labels).item()
@@ -131,12 +131,12 @@ def main(args: argparse.Namespace) -> None:
 def build_optimizer(model: nn.Module, args: argparse.Namespace, total_steps: int) -> tuple:
     """Who changes the weights, and by how much in each of the training's `total_steps`."""
     # Adam gives each weight a step size of its own, from the gradients that it has seen. The W is
-    # for weight decay: each step also pulls all weights a little towards 0.
+    # for weight decay apart from the gradient: each step pulls all weights a little towards 0.
     groups = parameter_groups(model, args.lr, args.pretrained)
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
     # One-cycle schedule: the learning rate rises from low, while gradients are wild, to its peak,
-    # to get far, and sinks to 0, to settle. Meanwhile Adam's momentum (its first beta) goes from
-    # 0.95 to 0.85 and back; so would that of an SGD, unless you say cycle_momentum=False.
+    # to get far, and sinks to 0, to settle. Momentum, Adam's first beta or an SGD's, goes from 0.95
+    # to 0.85 and back meanwhile, whatever you set; cycle_momentum=False would leave it alone.
     rates = [group["lr"] for group in groups]
     total_steps = max(5, total_steps)  # in fewer there is no room for a cycle
     return optimizer, OneCycleLR(optimizer, rates, total_steps=total_steps, pct_start=0.25)
@@ -149,8 +149,8 @@ def train_epoch(model, batches, loss_function, optimizer, scheduler, device):
     share of images that were classified correctly, while the weights were still changing. Raises
     FloatingPointError, if the loss becomes infinite or not a number.
     """
-    model.train()  # batch norm uses this batch's own mean and variance
-    # Mixed precision: GPUs with bfloat16, of 16 bits a number, use it where that does no harm.
+    model.train()  # batch norm takes this batch's mean and variance, and dropout is on
+    # Mixed precision: where it does no harm, 16 bits a number; bfloat16 has float32's range.
     bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     losses, rates, correct = [], [], []  # tensors stay on the device: reading one means waiting
     for images, labels in batches:
@@ -158,7 +158,7 @@ def train_epoch(model, batches, loss_function, optimizer, scheduler, device):
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logits = model(images)  # forward: records the graph
             loss = loss_function(logits, labels)  # one number: how wrong
-        optimizer.zero_grad()  # forget the last step's gradients
+        optimizer.zero_grad()  # forget the last step's gradients: backward() adds to them
         loss.backward()  # walk the graph back: a gradient for each weight
         optimizer.step()  # move each weight against its gradient
 
@@ -189,10 +189,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--dry-run", action=switch, default=False, help="ten steps, to see if all works (no)")
     flag("--data-dir", type=Path, default=ROOT / "data", help="folder of the MNIST files (data)")
     flag("--out-dir", type=Path, default=ROOT / "checkpoints", help="folder of runs (checkpoints)")
-    flag("--resume", nargs="?", const="newest", metavar="RUN", help="go on with a run's folder")
+    flag("--resume", nargs="?", const="newest", metavar="RUN", help="go on with a stopped run")
     args = utils.parse_and_resume(parser, argv)
     for name, value in RECIPES[args.model].items():
-        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     args.epochs = 1 if args.dry_run else args.epochs
     for name, (low, high) in LIMITS.items():
         if not low <= getattr(args, name) <= high:

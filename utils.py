@@ -2,7 +2,6 @@
 
 import argparse
 import atexit
-import copy
 import io
 import os
 import pickle
@@ -11,7 +10,7 @@ import sys
 import threading
 import time
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -32,7 +31,7 @@ def setup_distributed(name: str) -> tuple[torch.device, int, int]:
 
     Returns the device, this process's rank (0 in the first), and the number of processes.
     """
-    together = "RANK" in os.environ  # torchrun sets it
+    together = dist.is_torchelastic_launched()  # that is, by torchrun
     found = torch.accelerator.current_accelerator(check_available=True)
     if found is None or (together and found.type != "cuda"):
         found = torch.device("cpu")
@@ -43,14 +42,13 @@ def setup_distributed(name: str) -> tuple[torch.device, int, int]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # one for each process
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # try which convolution is fastest: shapes stay
-        torch.set_float32_matmul_precision("high")  # TF32: less exact, but faster
     if device.type == "cpu":
         # Linux's C library keeps freed memory for the next step only in blocks no larger than one
         # that was freed before; else each step has to ask for it anew. See "man 3 mallopt".
         torch.empty(31 * 2**20, dtype=torch.uint8)
     if not together:
         return device, 0, 1
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group(device_id=device if device.type == "cuda" else None)  # nccl, or gloo
     atexit.register(dist.destroy_process_group)
     return device, dist.get_rank(), dist.get_world_size()
 
@@ -132,13 +130,15 @@ def load_states(checkpoint: dict, model: torch.nn.Module, optimizer=None, schedu
                 raise KeyError("the state of another kind of optimizer")
             optimizer.load_state_dict(saved)
             for weight, state in optimizer.state.items():
-                if any(value.shape not in (weight.shape, ()) for value in state.values()):
-                    raise ValueError("a fused optimizer would read and write beyond its end")
+                for key in state.keys() - {"step"}:  # a fused one trusts their size and layout
+                    state[key] = torch.empty_like(weight).copy_(state[key].view_as(weight))
+            if checkpoint["scheduler"]["total_steps"] != scheduler.state_dict()["total_steps"]:
+                raise ValueError("another number of images, or of processes")
             scheduler.load_state_dict(checkpoint["scheduler"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
-            "The checkpoint does not fit the code: model, optimizer or scheduler were changed. "
-            "Undo that, or train anew"
+            "The checkpoint does not fit: the model, optimizer, scheduler, data or number of "
+            "processes was changed. Undo that, or train anew"
         ) from error
 
 
@@ -153,10 +153,7 @@ def as_flags(args: argparse.Namespace) -> list[str]:
 
 
 def parse_and_resume(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """parser.parse_args, but with --resume on top of the settings that the run began with.
-
-    `resume` becomes the folder of that run: the one named, or the newest that is not finished.
-    """
+    """parser.parse_args; with --resume on top of the settings of the run, whose folder it is."""
     given = parser.parse_args(argv)
     if not given.resume:
         return given
@@ -167,7 +164,7 @@ def parse_and_resume(parser: argparse.ArgumentParser, argv: list[str] | None) ->
         began = parser.parse_args(last["settings"])
         if last["epoch"] >= (began.epochs or 0):
             continue  # it is finished
-        args = parser.parse_args(argv, copy.copy(began))
+        args = parser.parse_args(argv, argparse.Namespace(**vars(began)))
         for name in vars(args).keys() - FOLDERS - MAY_CHANGE:
             if getattr(args, name) != getattr(began, name):
                 parser.error(f"--resume: this run has {name} {getattr(began, name)}, for good")
@@ -179,7 +176,7 @@ def parse_and_resume(parser: argparse.ArgumentParser, argv: list[str] | None) ->
 def run_script(parse_args, main) -> None:
     """Run a script. What its user can mend ends in one line, and a bug in its traceback.
 
-    The exit status is 0, or 1 after an error; 130 after Ctrl-C, and 143 after SIGTERM.
+    The exit status is 1 after an error, 130 after Ctrl-C, 143 after SIGTERM.
     """
     args, signals = argparse.Namespace(), []
 
@@ -192,8 +189,11 @@ def run_script(parse_args, main) -> None:
         run_dir = getattr(args, "run_dir", None)  # of train.py, once it has one
         if run_dir and (run_dir / "last.pt").exists() and (signals or isinstance(error, OSError)):
             line += f" Go on with: python {short(Path(sys.argv[0]))} --resume {short(run_dir)}"
+            if args.data_dir.resolve() != Path(sys.argv[0]).resolve().parent / "data":
+                line += f" --data-dir {short(args.data_dir)}"
         print("\n" * sys.stderr.isatty() + line, file=sys.stderr)
-        sys.stdout.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
         os._exit(128 + signals[0] if signals else 1)  # clean-up might wait for a full disk for ever
 
     signal.signal(signal.SIGINT, interrupt)

@@ -351,14 +351,22 @@ def test_after_the_optimizer_was_changed_a_run_is_refused(train, stopped_run, mo
         train(f"--resume={run_dir}")
 
 
-def test_states_of_another_shape_are_refused(train, stopped_run):
+@pytest.mark.parametrize("state", [torch.zeros(3), torch.zeros(())])
+def test_states_of_another_shape_are_refused(train, stopped_run, state):
     """A fused optimizer would write beyond their end."""
     run_dir = stopped_run()
     last = load_checkpoint(run_dir / "last.pt")
-    last["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    last["optimizer"]["state"][0]["exp_avg"] = state
     save_checkpoint(run_dir / "last.pt", last)
     with pytest.raises(InputError, match="does not fit"):
         train(f"--resume={run_dir}")
+
+
+def test_a_run_on_other_data_is_refused(stopped_run, data_dir):
+    """The schedule would end too early, or never."""
+    args = parse_args([f"--resume={stopped_run()}", f"--data-dir={data_dir}"])
+    with pytest.raises(InputError, match="data"):
+        script.main(args)
 
 
 # The log
@@ -451,7 +459,7 @@ def finish(process):
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 @pytest.mark.parametrize("number, status, workers", [("SIGINT", 130, 2), ("SIGTERM", 143, 0)])
 def test_a_signal_ends_a_run_and_one_line_says_how_to_go_on(
-    start, run_here, tmp_path, number, status, workers
+    start, small_data_dir, tmp_path, number, status, workers
 ):
     process = start("--epochs=10000", f"--workers={workers}", "--batch-size=4")
     wait_for(process, " 2/10000")
@@ -461,7 +469,8 @@ def test_a_signal_ends_a_run_and_one_line_says_how_to_go_on(
     one_line(result, status, "Stopped. Go on with: python ")
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert load_checkpoint(run_dir / "last.pt")["epoch"] >= 2
-    assert result.stderr.endswith(f"train.py --resume {run_dir.relative_to(tmp_path)}\n")
+    how = f"train.py --resume {run_dir.relative_to(tmp_path)} --data-dir {small_data_dir}\n"
+    assert result.stderr.endswith(how)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
