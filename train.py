@@ -120,7 +120,7 @@ def main(args: argparse.Namespace) -> None:
     if rank == 0:
         log_results(validation_log, step, validation_set, logits, labels)
         settings = {k: v for k, v in vars(args).items() if k not in utils.FOLDERS}
-        train_log.add_hparams(settings, {"best_accuracy": best}, name="..")  # in run_dir itself
+        train_log.add_hparams(settings, {"final/best_accuracy": best}, name="..")
         train_log.close()
         validation_log.close()
         print(f"\nBest validation accuracy: {best:.2%}. To see it all, and to test it:")

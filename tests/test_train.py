@@ -405,7 +405,7 @@ def test_the_settings_and_results_are_on_the_hparams_page(trained):
     settings = plugin_data_pb2.HParamsPluginData.FromString(data).session_start_info.hparams
     assert settings["epochs"].number_value == 2 and settings["model"].string_value == "cnn"
     best = load_checkpoint(trained / "best.pt")["accuracy"]
-    assert log.Scalars("best_accuracy")[0].value == pytest.approx(best)
+    assert log.Scalars("final/best_accuracy")[0].value == pytest.approx(best)
 
 
 # What goes wrong in real life, really caused: nothing is lost, and one line says what to do.
