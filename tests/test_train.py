@@ -23,7 +23,7 @@ import train as script
 from dataset import MNISTDataset
 from evaluate import predict
 from model import build_model
-from train import RECIPES, parse_args, train_epoch
+from train import parse_args, train_epoch
 from utils import InputError, load_checkpoint, save_checkpoint
 
 
@@ -81,15 +81,12 @@ def test_a_seed_decides_the_weights_bit_for_bit(train):
         "a": ["--seed=0"],
         "again": ["--seed=0"],
         "other": ["--seed=1"],
-        "helped": ["--seed=0", "--workers=2"],
-        "helped again": ["--seed=0", "--workers=2"],
     }.items():
         run_dir = train("--epochs=1", *flags)
         weights[name] = load_checkpoint(run_dir / "last.pt")["weights"]
         torch.rand(3)  # the generator's state between runs must not matter
-    for name, twin in (("a", "again"), ("helped", "helped again")):
-        for key, value in weights[name].items():
-            assert torch.equal(value, weights[twin][key]), key
+    for key, value in weights["a"].items():
+        assert torch.equal(value, weights["again"][key]), key
     assert not torch.equal(weights["a"]["classifier.weight"], weights["other"]["classifier.weight"])
 
 
@@ -120,9 +117,10 @@ def test_both_scripts_from_another_folder_with_no_paths_given(run, run_here, che
 
 
 def test_each_run_has_a_folder_of_its_own(train, monkeypatch):
-    monkeypatch.setattr(time, "strftime", lambda form, real=time.strftime: real(form)[:-1])
-    folders = [train("--epochs=1") for _ in "ab"]  # in the same ten seconds, as far as names go
-    assert folders[0] != folders[1]
+    clock = iter(["20260101-000000", "20260101-000000", "20260101-000001"])  # the same second
+    monkeypatch.setattr(time, "strftime", lambda form: next(clock))
+    folders = [train("--epochs=1").name for _ in "ab"]
+    assert folders == ["20260101-000000-cnn", "20260101-000001-cnn"]
 
 
 # Bad input: {file} is a file where a folder should be, {empty} an empty folder.
@@ -158,7 +156,8 @@ def test_bad_input_gives_one_line_and_writes_nothing(
     left_out = ("MNIST", "raw")  # torchvision makes these folders before it tries to download
 
     def seen():
-        return {p: c for p, c in contents(tmp_path, checkout).items() if p.name not in left_out}
+        found = contents(tmp_path) | dict.fromkeys(checkout.rglob("*"))
+        return {path: content for path, content in found.items() if path.name not in left_out}
 
     before = seen()
     given = flags.format(file=tmp_path / "file", empty=tmp_path / "empty").split()
@@ -170,7 +169,7 @@ def test_bad_input_gives_one_line_and_writes_nothing(
 # Schedule, optimizer, models
 
 
-@pytest.mark.parametrize("batch_size, steps", [(300, 4), (400, 3), (600, 2), (1_100, 1)])
+@pytest.mark.parametrize("batch_size, steps", [(300, 4), (1_100, 1)])
 def test_the_shortest_runs_train_at_a_rate_that_does_something(train, batch_size, steps):
     run_dir = train("--epochs=1", f"--batch-size={batch_size}")
     rates = [
@@ -180,7 +179,7 @@ def test_the_shortest_runs_train_at_a_rate_that_does_something(train, batch_size
     assert load_checkpoint(run_dir / "last.pt")["scheduler"]["last_epoch"] == steps
 
 
-@pytest.mark.parametrize("kind", ["full", "frozen", "random"])
+@pytest.mark.parametrize("kind", ["full", "frozen"])
 def test_fine_tuning_from_a_weights_file(train, tmp_path, monkeypatch, kind):
     """The file holds random numbers, but lies where torchvision's download would."""
     cache = tmp_path / "hub" / "checkpoints"
@@ -188,16 +187,16 @@ def test_fine_tuning_from_a_weights_file(train, tmp_path, monkeypatch, kind):
     weights = models.resnet18().state_dict()
     torch.save(weights, cache / Path(models.ResNet18_Weights.DEFAULT.url).name)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    flags = {"full": [], "frozen": ["--freeze-backbone"], "random": ["--no-pretrained"]}[kind]
+    flags = {"full": [], "frozen": ["--freeze-backbone"]}[kind]
     run_dir = train("--model=resnet18", "--dry-run", "--batch-size=4", "--lr=0.002", *flags)
     last = load_checkpoint(run_dir / "last.pt")
     assert last["model"] == "resnet18"
     kept = torch.equal(last["weights"]["backbone.conv1.weight"], weights["conv1.weight"])
     assert kept == (kind == "frozen")
     peaks = [group["max_lr"] for group in last["optimizer"]["param_groups"]]
-    assert peaks == {"full": [0.0002, 0.002], "frozen": [0.002], "random": [0.002]}[kind]
+    assert peaks == {"full": [0.0002, 0.002], "frozen": [0.002]}[kind]
     seen = sum(len(group["params"]) for group in last["optimizer"]["param_groups"])
-    assert seen == {"full": 62, "frozen": 2, "random": 62}[kind]
+    assert seen == {"full": 62, "frozen": 2}[kind]
     assert build_model("resnet18", last["classes"]).load_state_dict(last["weights"])
 
 
@@ -221,8 +220,7 @@ def test_no_validation_mistakes_at_all(train, monkeypatch):
     assert read_log(run_dir / "validation").Images("images/mistakes")
 
 
-@pytest.mark.parametrize("model", RECIPES)
-@pytest.mark.parametrize("size", [28, 32])
+@pytest.mark.parametrize("model, size", [("cnn", 28), ("cnn", 32), ("resnet18", 32)])
 def test_26_classes_and_larger_images(train, tmp_path, model, size):
     rng = np.random.default_rng(0)
     write_mnist(tmp_path, rng.integers(0, 256, (240, size, size)), np.arange(240) % 26)
@@ -315,10 +313,9 @@ def test_the_newest_run_that_is_not_finished_goes_on(train, stopped_run, tmp_pat
 
 
 def test_what_a_run_computes_cannot_change_but_where_can(stopped_run, capsys):
-    run_dir = stopped_run("--freeze-backbone", "--model=resnet18", "--no-pretrained")
-    args = parse_args([f"--resume={run_dir}", "--workers=1", "--device=cpu", "--lr=0.002"])
-    assert (args.model, args.workers, args.epochs) == ("resnet18", 1, 3)
-    assert args.freeze_backbone and not args.pretrained
+    run_dir = stopped_run("--no-pretrained")
+    args = parse_args([f"--resume={run_dir}", "--workers=1", "--device=cpu", "--lr=0.01"])
+    assert (args.workers, args.epochs, args.batch_size, args.pretrained) == (1, 3, 64, False)
     for flag in ("--epochs=9", "--pretrained", "--seed=1"):
         with pytest.raises(SystemExit):
             parse_args([f"--resume={run_dir}", flag])
@@ -457,7 +454,10 @@ def finish(process):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
-@pytest.mark.parametrize("number, status, workers", [("SIGINT", 130, 2), ("SIGTERM", 143, 0)])
+@pytest.mark.parametrize(
+    "number, status, workers",
+    [("SIGINT", 130, 2), pytest.param("SIGTERM", 143, 0, marks=pytest.mark.slow)],
+)
 def test_a_signal_ends_a_run_and_one_line_says_how_to_go_on(
     start, small_data_dir, tmp_path, number, status, workers
 ):
@@ -474,7 +474,7 @@ def test_a_signal_ends_a_run_and_one_line_says_how_to_go_on(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
-@pytest.mark.parametrize("limit", [300_000, 600_000])  # best.pt does not fit; only last.pt does not
+@pytest.mark.parametrize("limit", [pytest.param(300_000, marks=pytest.mark.slow), 600_000])
 def test_a_full_disk_while_saving(start, train, stopped_run, tmp_path, limit):
     run_dir = stopped_run()
     before = contents(run_dir)
@@ -491,7 +491,7 @@ def test_a_full_disk_while_saving(start, train, stopped_run, tmp_path, limit):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
-@pytest.mark.parametrize("limit", [50, 50_000])
+@pytest.mark.parametrize("limit", [pytest.param(50, marks=pytest.mark.slow), 50_000])
 def test_a_full_disk_while_logging(start, tmp_path, limit):
     """tensorboardX writes in a thread of its own: the program must not wait for it for ever."""
     full = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
@@ -524,14 +524,14 @@ utils.os.fsync = lambda file: (time.sleep(0.2), os.fsync(file))
 """
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
-def test_kills_in_the_middle_of_saving_then_the_same_end(start, train, tmp_path, kills):
+@pytest.mark.slow
+def test_twenty_kills_in_the_middle_of_saving_then_the_same_end(start, train, tmp_path):
     """SIGKILL can't be handled: whatever is on the disk at that moment has to do."""
-    epochs = f"--epochs={kills + 3}"
+    epochs = "--epochs=4"
     process = start(epochs, before=SLOW_SAVING)
     wait_for(process, " 2/")
     (run_dir,) = (tmp_path / "runs").iterdir()
-    for _ in range(kills):
+    for _ in range(20):
         while not (saving := list(run_dir.glob("last.pt.*"))):
             assert process.poll() is None, "it came to its end before it was killed"
             time.sleep(0.01)
