@@ -220,6 +220,20 @@ def test_no_validation_mistakes_at_all(train, monkeypatch):
     assert read_log(run_dir / "validation").Images("images/mistakes")
 
 
+def test_best_pt_is_of_the_epoch_with_the_best_validation_accuracy(train, monkeypatch):
+    shifts = iter([1, 0, 1])  # in the second of three epochs all is right, else nothing
+
+    def predict(model, dataset, device):
+        labels = torch.stack([label for _, label in dataset])
+        said = (labels + next(shifts)) % dataset.classes
+        return nn.functional.one_hot(said, dataset.classes).float(), labels
+
+    monkeypatch.setattr(script, "predict", predict)
+    run_dir = train()
+    assert load_checkpoint(run_dir / "best.pt")["epoch"] == 2
+    assert load_checkpoint(run_dir / "last.pt")["best"] == 1
+
+
 @pytest.mark.parametrize("model, size", [("cnn", 28), ("cnn", 32), ("resnet18", 32)])
 def test_26_classes_and_larger_images(train, tmp_path, model, size):
     rng = np.random.default_rng(0)
