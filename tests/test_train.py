@@ -355,7 +355,7 @@ def test_after_the_optimizer_was_changed_a_run_is_refused(train, stopped_run, mo
 
     def sgd(model, args, total_steps):
         optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9)
-        return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer)
+        return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps)
 
     monkeypatch.setattr(script, "build_optimizer", sgd)
     with pytest.raises(InputError, match="optimizer"):
