@@ -428,6 +428,8 @@ def start(checkout, small_data_dir, tmp_path):
     processes = []
 
     def start_training(*flags, before=""):
+        environment = {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(checkout)}
+        environment["PYTHONWARNINGS"] = "ignore::UserWarning"  # of loaders, where there is one core
         code = f"import runpy, sys; sys.argv = sys.argv[1:]; {before}\n"
         code += "runpy.run_path(sys.argv[0], run_name='__main__')"
         flags = (f"--data-dir={small_data_dir}", f"--out-dir={tmp_path / 'runs'}", *flags)
@@ -442,7 +444,7 @@ def start(checkout, small_data_dir, tmp_path):
                 *flags,
             ],
             cwd=tmp_path,
-            env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(checkout)},
+            env=os.environ | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
