@@ -63,7 +63,7 @@ def newest_checkpoint(out_dir: Path) -> Path:
 def predict(model: nn.Module, dataset: Dataset, device: torch.device) -> tuple[Tensor, Tensor]:
     """The logits (N, classes) float32 and the true labels (N,) int64 of a data set, on the CPU."""
     model.eval()  # batch norm uses its running averages, not this batch's own
-    loader = DataLoader(dataset, batch_size=1_000)
+    loader = DataLoader(dataset, batch_size=250)
     batches = [(model(images.to(device)), labels) for images, labels in loader]
     logits, labels = (torch.cat(parts).cpu() for parts in zip(*batches, strict=True))
     if not logits.isfinite().all():
@@ -119,9 +119,17 @@ def read_pictures(model: nn.Module, paths: list[Path], device: torch.device, fol
         raise utils.InputError(f"{len(paths) - len(images)} of {len(paths)} could not be read")
 
 
-def log_epoch(log: SummaryWriter, step: int, model: nn.Module, dataset: Dataset) -> None:
-    """Show some images as the model is trained on them; its weights, and their last gradients."""
-    images = torch.stack([dataset[i][0] for i in range(min(40, len(dataset)))])
+def log_epoch(log: SummaryWriter, step: int, losses, rates, dataset, indices, model) -> None:
+    """Log what happened in an epoch that ended with a `step`.
+
+    `losses` (a tensor of a batch's) and `rates` have an entry for each of its steps; `indices` are
+    some of its images, which are shown once more as the dataset augments them. Of the model:
+    histograms of its weights and of their last gradients.
+    """
+    for i, (batch, rate) in enumerate(zip(losses, rates, strict=True), step - len(rates) + 1):
+        log.add_scalar("charts/loss", batch.mean(), i)
+        log.add_scalar("charts/learning_rate", rate, i)
+    images = torch.stack([dataset[i][0] for i in indices])
     log.add_image("images/augmented", make_grid(images, nrow=10), step)
     for name, weight in model.named_parameters():
         if weight.grad is not None:
@@ -163,6 +171,14 @@ def mistakes_figure(dataset: Dataset, logits: Tensor, labels: Tensor):
     captions = [f"{labels[i]} as {predicted[i]}, {confidence[i]:.0%}" for i in worst]
     title = f"{len(wrong):,} of {len(labels):,} wrong: true digit, said digit, confidence"
     return sheet_figure(title, [dataset[i][0] for i in worst], captions, columns=10)
+
+
+def hardest_figure(dataset: Dataset, losses: Tensor):
+    """The images with the highest losses (N,), as augmented: hard ones, and wrong labels."""
+    worst = losses.topk(min(20, len(losses))).indices.tolist()
+    images, labels = zip(*[dataset[i] for i in worst], strict=True)
+    captions = [f"a {label}? loss {losses[i]:.1f}" for i, label in zip(worst, labels, strict=True)]
+    return sheet_figure("The highest losses: label, loss when last seen", images, captions, 10)
 
 
 def sheet_figure(title: str, images: list[Tensor], captions: list[str], columns: int):

@@ -27,23 +27,23 @@ class CNN(nn.Module):
         # the model as a weight is, is moved and saved with it, but not trained.
         self.register_buffer("mean", torch.tensor(0.1307))
         self.register_buffer("std", torch.tensor(0.3081))
-        self.block1 = conv_block(1, 24, kernel_size=5, pool=True)
-        self.block2 = conv_block(24, 48)
-        self.block3 = conv_block(48, 64, pool=True)
-        self.block4 = conv_block(64, 96)
-        # A linear layer gives each class a score: a weighted sum of all 384 numbers, plus a bias.
-        self.classifier = nn.Linear(96 * 2 * 2, classes)
+        self.block1 = conv_block(1, 16, kernel_size=5, pool=True)
+        self.block2 = conv_block(16, 32)
+        self.block3 = conv_block(32, 64, pool=True)
+        self.block4 = conv_block(64, 128)
+        # A linear layer gives each class a score: a weighted sum of all 512 numbers, plus a bias.
+        self.classifier = nn.Linear(128 * 2 * 2, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 1, 28, 28) float32, from 0 to 1, to logits (N, classes): unscaled scores."""
         if images.shape[1:] != (1, 28, 28):
             raise InputError(f"images are {tuple(images.shape)}: this CNN takes (N, 1, 28, 28)")
         x = (images - self.mean) / self.std  # around 0, as layers like their input
-        x = self.block1(x)  # (N, 24, 12, 12)
-        x = self.block2(x)  # (N, 48, 10, 10)
+        x = self.block1(x)  # (N, 16, 12, 12)
+        x = self.block2(x)  # (N, 32, 10, 10)
         x = self.block3(x)  # (N, 64, 4, 4)
-        x = self.block4(x)  # (N, 96, 2, 2)
-        return self.classifier(x.flatten(start_dim=1))  # (N, 384) to (N, classes)
+        x = self.block4(x)  # (N, 128, 2, 2)
+        return self.classifier(x.flatten(start_dim=1))  # (N, 512) to (N, classes)
 
 
 def conv_block(channels_in: int, channels_out: int, kernel_size=3, pool=False) -> nn.Sequential:

@@ -9,6 +9,7 @@ print, log, save. In `train_epoch` stand the five statements that make up all tr
 
 import argparse
 import time
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -16,40 +17,41 @@ from tensorboardX import SummaryWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import utils
 from dataset import MNISTDataset
-from evaluate import log_epoch, log_results, predict
+from evaluate import hardest_figure, log_epoch, log_results, predict
 from model import build_model, parameter_groups
 
 ROOT = Path(__file__).resolve().parent
 # What suits each model. Pretrained weights are nearly right: they want few and small steps.
-RECIPES = {"cnn": {"epochs": 5, "lr": 0.01}, "resnet18": {"epochs": 2, "lr": 0.002}}
-LIMITS = {
-    "epochs": (1, 10_000),
-    "lr": (1e-9, 1e9),
-    "batch_size": (1, 60_000),
-    "seed": (0, 2**32 - 1),
-    "workers": (0, 256),
+RECIPES = {
+    "cnn": {"epochs": 9, "hard_share": 0.25, "lr": 0.014},
+    "resnet18": {"epochs": 2, "hard_share": 1.0, "lr": 0.002},
 }
+LIMITS = {"epochs": (1, 10_000), "hard_share": (0, 1), "lr": (1e-9, 1e9)}
+LIMITS |= {"batch_size": (1, 60_000), "seed": (0, 2**32 - 1), "workers": (0, 256)}
 
 
 def main(args: argparse.Namespace) -> None:
     """Train a model, with the settings that parse_args returns."""
     device, rank, world_size = utils.setup_distributed(args.device)  # 0 and 1 without torchrun
 
-    # Data: a Dataset knows single samples, a DataLoader makes shuffled batches of them. Of several
-    # processes each has its share of the images, and of a batch.
+    # Data: of several processes each has its share of the images, and of a batch.
     with utils.main_process_first():  # it downloads and unpacks what the others then find
         train_set = MNISTDataset(args.data_dir, "train")
         validation_set = MNISTDataset(args.data_dir, "validation")
-    images = min(len(train_set), 10 * args.batch_size) if args.dry_run else len(train_set)
-    share = Subset(train_set, range(rank, images - images % world_size, world_size))
-    batch_size = -(-args.batch_size // world_size)  # rounded up
-    train_loader = DataLoader(share, batch_size, shuffle=True, num_workers=args.workers)
-    steps = len(train_loader)  # in an epoch
+    used = min(len(train_set), 10 * args.batch_size) if args.dry_run else len(train_set)
+    mine = torch.arange(rank, used - used % world_size, world_size)
+    batch_size = ceil(args.batch_size / world_size)
+
+    # Practise what is still hard: the first epoch is of all images, and most are learnt in it.
+    # Later ones are of those with the highest losses.
+    counts = [len(mine)] + (args.epochs - 1) * [max(1, round(args.hard_share * len(mine)))]
+    steps = [ceil(count / batch_size) for count in counts]  # of each epoch
+    image_losses = torch.zeros(len(train_set))  # when each was last seen
 
     # Model: its weights start at random, or as ImageNet has taught them.
     torch.manual_seed(args.seed)
@@ -62,50 +64,54 @@ def main(args: argparse.Namespace) -> None:
 
     # Loss: label smoothing asks for 0.91 on the right class and 0.01 on the others, not 1 and 0,
     # so that logits stay small. Just that answer costs 0.50, its entropy: no loss gets below.
-    loss_function = nn.CrossEntropyLoss(label_smoothing=0.1)
-    optimizer, scheduler = build_optimizer(model, args, total_steps=args.epochs * steps)
+    loss_function = nn.CrossEntropyLoss(label_smoothing=0.1, reduction="none")  # of each image
+    optimizer, scheduler = build_optimizer(model, args, total_steps=sum(steps))
 
     # The run's folder and its log; with --resume also the states to go on from.
     done, best = 0, 0.0  # epochs, and the best validation accuracy in them
     if args.resume:
         last = utils.load_checkpoint(args.resume / "last.pt")
-        utils.load_states(last, model, optimizer, scheduler)
+        utils.load_states(last, model, optimizer, scheduler, image_losses)
         done, best = last["epoch"], last["best"]
+    step = sum(steps[:done])
     if rank == 0:
         run_dir = args.run_dir = args.resume or utils.new_run_dir(args)
-        options = {"purge_step": done * steps + 1, "filename_suffix": f".{done}", "flush_secs": 1}
+        options = {"purge_step": step + 1, "filename_suffix": f".{done}", "flush_secs": 1}
         train_log = SummaryWriter(str(run_dir / "training"), **options)
         validation_log = SummaryWriter(str(run_dir / "validation"), **options)
-        print(f"{args.model} on {device}, {images:,} images an epoch; in {utils.short(run_dir)}\n")
-        print("  epoch   training loss, accuracy   validation loss, accuracy   images/s")
+        print(f"{args.model} on {device}; in {utils.short(run_dir)}\n")
+        print("epoch   images: training loss, accuracy   validation loss, accuracy   images/s")
 
     for epoch in range(done + 1, args.epochs + 1):
         # A number for each seed, epoch, process: order, augmentation, dropout follow from it.
         torch.manual_seed((args.seed * 10_000 + epoch) * 1_000 + rank)
-        batches = tqdm(train_loader, f"epoch {epoch}", leave=False, disable=rank > 0 or None)
+        hardest = mine[image_losses[mine].topk(counts[epoch - 1]).indices]
+        order = hardest[torch.randperm(len(hardest))].tolist()
+        loader = DataLoader(train_set, batch_size, sampler=order, num_workers=args.workers)
+        batches = tqdm(loader, f"epoch {epoch}", leave=False, disable=rank > 0 or None)
         start = time.perf_counter()
         losses, rates, train_accuracy = train_epoch(
             network, batches, loss_function, optimizer, scheduler, device
         )
-        speed = images / (time.perf_counter() - start)
+        speed = world_size * len(order) / (time.perf_counter() - start)
+        image_losses[order] = losses
+        utils.all_gather(image_losses, mine, device)
         if rank > 0:
-            continue  # the first alone validates, prints, logs, saves; others wait in backward()
+            continue  # rank 0 alone validates, prints, logs, saves; others wait at their next step
 
         logits, labels = predict(model, validation_set, device)
-        loss = loss_function(logits, labels).item()
+        loss = loss_function(logits, labels).mean().item()
         accuracy = (logits.argmax(dim=1) == labels).float().mean().item()
-        row = f"{epoch:3}/{args.epochs:<3} {losses.mean():15.4f} {train_accuracy:10.2%}"
-        print(f"{row} {loss:17.4f} {accuracy:10.2%} {speed:10,.0f}", flush=True)
+        row = f"{epoch:2}/{args.epochs:<2}{world_size * len(order):10,}"
+        row += f" {losses.mean():14.4f} {train_accuracy:8.2%} {loss:17.4f} {accuracy:9.2%}"
+        print(f"{row} {speed:10,.0f}", flush=True)
 
-        step = epoch * steps
-        for i in range(0, steps, 10):
-            train_log.add_scalar("charts/loss", losses[i], step - steps + i + 1)
-            train_log.add_scalar("charts/learning_rate", rates[i], step - steps + i + 1)
+        step += len(rates)
         train_log.add_scalar("charts/accuracy", train_accuracy, step)
-        train_log.add_scalar("charts/images_per_second", speed, step)
         validation_log.add_scalar("charts/loss", loss, step)
         validation_log.add_scalar("charts/accuracy", accuracy, step)
-        log_epoch(train_log, step, model, train_set)  # images, weights, gradients
+        # Curves by step, some images, all weights and gradients
+        log_epoch(train_log, step, losses.split(batch_size), rates, train_set, order[:40], model)
 
         # best.pt holds what evaluate.py needs, last.pt also what training needs to go on.
         checkpoint = {"model": args.model, "classes": train_set.classes, "epoch": epoch}
@@ -114,10 +120,11 @@ def main(args: argparse.Namespace) -> None:
             best = accuracy
             utils.save_checkpoint(run_dir / "best.pt", checkpoint)
         checkpoint |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-        checkpoint |= {"best": best, "settings": utils.as_flags(args)}
+        checkpoint |= {"best": best, "losses": image_losses, "settings": utils.as_flags(args)}
         utils.save_checkpoint(run_dir / "last.pt", checkpoint)
 
     if rank == 0:
+        train_log.add_figure("images/hardest", hardest_figure(train_set, image_losses), step)
         log_results(validation_log, step, validation_set, logits, labels)
         settings = {k: v for k, v in vars(args).items() if k not in utils.FOLDERS}
         train_log.add_hparams(settings, {"final/best_accuracy": best}, name="..")
@@ -130,46 +137,45 @@ def main(args: argparse.Namespace) -> None:
 
 def build_optimizer(model: nn.Module, args: argparse.Namespace, total_steps: int) -> tuple:
     """Who changes the weights, and by how much in each of the training's `total_steps`."""
-    # Adam gives each weight a step size of its own, from the gradients that it has seen. The W is
-    # for weight decay apart from the gradient: each step pulls all weights a little towards 0.
+    # Adam gives each weight a step size of its own, from the gradients of the last 50 steps or so
+    # (0.98; by default it would be 1,000, our whole training). The W is for weight decay apart from
+    # the gradient: each step pulls all weights a little towards 0.
     groups = parameter_groups(model, args.lr, args.pretrained)
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     # One-cycle schedule: the learning rate rises from low, while gradients are wild, to its peak,
     # to get far, and sinks to 0, to settle. Momentum, Adam's first beta or an SGD's, goes from 0.95
     # to 0.85 and back meanwhile, whatever you set; cycle_momentum=False would leave it alone.
     rates = [group["lr"] for group in groups]
     total_steps = max(5, total_steps)  # in fewer there is no room for a cycle
-    return optimizer, OneCycleLR(optimizer, rates, total_steps=total_steps, pct_start=0.25)
+    return optimizer, OneCycleLR(optimizer, rates, total_steps=total_steps, pct_start=0.4)
 
 
 def train_epoch(model, batches, loss_function, optimizer, scheduler, device):
     """Show a model each batch of images and labels once, and correct its weights after each.
 
-    Returns the loss of each step, (steps,) float32 on the CPU; its learning rate, a list; and the
-    share of images that were classified correctly, while the weights were still changing. Raises
-    FloatingPointError, if the loss becomes infinite or not a number.
+    `loss_function` gives the loss of each image. Returns those, (N,) float32 on the CPU, in the
+    order of the batches; the learning rate of each step, a list; and the share of images that were
+    classified correctly, while the weights were still changing.
     """
     model.train()  # batch norm takes this batch's mean and variance, and dropout is on
     # Mixed precision: where it does no harm, 16 bits a number; bfloat16 has float32's range.
     bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    losses, rates, correct = [], [], []  # tensors stay on the device: reading one means waiting
+    kept, rates, correct = [], [], []  # tensors stay on the device: reading one means waiting
     for images, labels in batches:
         images, labels = images.to(device), labels.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logits = model(images)  # forward: records the graph
-            loss = loss_function(logits, labels)  # one number: how wrong
+            losses = loss_function(logits, labels)  # how wrong, image by image
+            loss = losses.mean()  # and in one number
         optimizer.zero_grad()  # forget the last step's gradients: backward() adds to them
         loss.backward()  # walk the graph back: a gradient for each weight
         optimizer.step()  # move each weight against its gradient
 
         rates.append(scheduler.get_last_lr()[-1])
         scheduler.step()
-        losses.append(loss.detach())
+        kept.append(losses.detach())
         correct.append(logits.argmax(dim=1) == labels)
-    losses = torch.stack(losses).cpu()
-    if not losses.isfinite().all():
-        raise FloatingPointError("The loss became infinite, or no number. Try a smaller --lr.")
-    return losses, rates, torch.cat(correct).float().mean().item()
+    return torch.cat(kept).cpu(), rates, torch.cat(correct).float().mean().item()
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -179,8 +185,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--model", choices=RECIPES, default="cnn", help="network to train (cnn)")
     flag("--pretrained", action=switch, default=True, help="resnet18 starts from ImageNet (yes)")
     flag("--freeze-backbone", action=switch, default=False, help="train resnet18's head alone (no)")
-    flag("--epochs", type=int, metavar="N", help="passes over the images (5, resnet18: 2)")
-    flag("--lr", type=float, metavar="X", help="peak learning rate (0.01, resnet18: 0.002)")
+    flag("--epochs", type=int, metavar="N", help="the first is of all images (9, resnet18: 2)")
+    flag("--hard-share", type=float, metavar="X", help="of images in later epochs (0.25, 1)")
+    flag("--lr", type=float, metavar="X", help="peak learning rate (0.014, resnet18: 0.002)")
     flag("--batch-size", type=int, default=128, metavar="N", help="images a step (128)")
     flag("--seed", type=int, default=0, metavar="N", help="decides all that is random (0)")
     flag("--device", choices=utils.DEVICES, default="auto", help="where to compute (the fastest)")

@@ -64,6 +64,16 @@ def main_process_first():
         dist.barrier()
 
 
+def all_gather(values: torch.Tensor, mine: torch.Tensor, device: torch.device) -> None:
+    """Let each process know the `values` of all, where only those at its own indices are right."""
+    if dist.is_initialized():
+        known = torch.zeros_like(values)
+        known[mine] = values[mine]
+        known = known.to(device)  # nccl takes no other
+        dist.all_reduce(known)  # the sum over all processes
+        values.copy_(known)
+
+
 def new_run_dir(args: argparse.Namespace) -> Path:
     """Make a folder for a run, named after the time and the model; no other run has it."""
     name = f"{args.model}-dry-run" if args.dry_run else args.model
@@ -120,7 +130,7 @@ def load_checkpoint(path: Path, *also: str) -> dict:
     return checkpoint
 
 
-def load_states(checkpoint: dict, model: torch.nn.Module, optimizer=None, scheduler=None) -> None:
+def load_states(checkpoint, model, optimizer=None, scheduler=None, image_losses=None) -> None:
     """Put a checkpoint's weights and states into their places; InputError, if they do not fit."""
     try:
         model.load_state_dict(checkpoint["weights"])
@@ -135,6 +145,7 @@ def load_states(checkpoint: dict, model: torch.nn.Module, optimizer=None, schedu
             if checkpoint["scheduler"]["total_steps"] != scheduler.state_dict()["total_steps"]:
                 raise ValueError("another number of images, or of processes")
             scheduler.load_state_dict(checkpoint["scheduler"])
+            image_losses.copy_(checkpoint["losses"].view_as(image_losses))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
             "The checkpoint does not fit: the model, optimizer, scheduler, data or number of "
@@ -160,7 +171,7 @@ def parse_and_resume(parser: argparse.ArgumentParser, argv: list[str] | None) ->
     named = Path(given.resume) if Path(given.resume).is_dir() else given.out_dir / given.resume
     newest_first = sorted(given.out_dir.glob("*/last.pt"), reverse=True)
     for path in newest_first if given.resume == "newest" else [named / "last.pt"]:
-        last = load_checkpoint(path, "optimizer", "scheduler", "best", "settings")
+        last = load_checkpoint(path, "optimizer", "scheduler", "best", "settings", "losses")
         began = parser.parse_args(last["settings"])
         if last["epoch"] >= (began.epochs or 0):
             continue  # it is finished

@@ -59,11 +59,14 @@ def finish(process):
 def test_two_processes_train_as_one_model(torchrun, small_data_dir, tmp_path):
     """Checkpoints, the log and what is printed come from rank 0, which validates on all images."""
     out = finish(torchrun("--epochs=3"))
-    rows = re.findall(r"^ +(\d)/3 +([\d.]+) +[\d.]+% +([\d.]+) +([\d.]+)%", out, re.MULTILINE)
+    rows = re.findall(
+        r"^ +(\d)/3 +[\d,]+ +([\d.]+) +[\d.]+% +([\d.]+) +([\d.]+)%", out, re.MULTILINE
+    )
     assert [row[0] for row in rows] == list("123")
-    assert float(rows[-1][1]) < float(rows[0][1])
+    assert float(rows[-1][2]) < float(rows[0][2])
     (run_dir,) = (tmp_path / "runs").iterdir()
     last = load_checkpoint(run_dir / "last.pt")
+    assert last["losses"].min() > 0  # of the images of both processes
     model = build_model("cnn", last["classes"])
     model.load_state_dict(last["weights"])
     logits, labels = predict(model, MNISTDataset(small_data_dir, "validation"), CPU)

@@ -92,7 +92,7 @@ def test_every_flag_exists(run_here):
         for script in flags.keys() & set(command):
             after = command[command.index(script) :]
             assert {flag for flag in after if flag.startswith("--")} <= flags[script], command
-    known = set.union(*flags.values()) | {"--seeds", "--logdir"}
+    known = set.union(*flags.values()) | {"--full", "--logdir"}
     for name in re.findall(r"`(--[a-z-]+)", PROSE):
         assert name in known, name
 
