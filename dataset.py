@@ -47,12 +47,12 @@ class MNISTDataset(Dataset):
                 f"MNIST can be neither read from {folder} nor downloaded (see --data-dir): {reason}"
             ) from error
         images, labels = mnist.data, mnist.targets  # (N, 28, 28) uint8 and (N,) int64
-        if len(images) != len(labels):
-            raise InputError(f"{data_dir}: {len(images):,} images have {len(labels):,} labels")
+        if len(images) != len(labels) or len(images) < (1 if split == "test" else 2):
+            raise InputError(f"{data_dir} has {len(images):,} images and {len(labels):,} labels")
         self.classes = labels.max().item() + 1
         if split != "test":  # the same permutation in each run: results stay comparable
             order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-            held_out = len(order) // 12  # 5,000 of 60,000
+            held_out = -(-len(order) // 12)  # 5,000 of 60,000
             kept = order[held_out:] if split == "train" else order[:held_out]
             images, labels = images[kept], labels[kept]
 
@@ -104,6 +104,7 @@ def random_affine(images: Tensor) -> Tensor:
 
 
 LOOK_AT = 160  # pixels of a picture's longer side, while looking for the ink
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")  # of pixels, not programs
 STROKE_EDGE = 1 / 3  # of the full ink: where a soft stroke is taken to end
 
 
@@ -141,22 +142,23 @@ def read_digit(path: Path | str) -> Tensor:
 
 def open_picture(path: Path | str) -> Image.Image:
     """A picture, upright, as RGBA: colours, and A, alpha, which is 0 where it is transparent."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise InputError("this is no file")  # and a pipe would let us wait for ever
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of details that we do not use
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path)
-        with image:
-            image = ImageOps.exif_transpose(image)  # cameras note how they were held
-            if image.mode[0] in "IF":  # 16 or 32 bits a pixel
-                values = np.asarray(image, dtype=np.float64)
-                values = (values - values.min()) / max(np.ptp(values), 1e-9)
-                image = Image.fromarray(np.uint8(255 * values))
-            return image.convert("RGBA")
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        limit = Image.MAX_IMAGE_PIXELS
-        raise InputError(f"over {limit:,} pixels are too many: scale it down") from error
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises each of them
+            with Image.open(path, formats=FORMATS) as image:
+                image = ImageOps.exif_transpose(image)  # cameras note how they were held
+                if image.mode[0] in "IF":  # 16 or 32 bits a pixel
+                    values = np.asarray(image, dtype=np.float64)
+                    values = (values - values.min()) / max(np.ptp(values), 1e-9)
+                    image = Image.fromarray(np.uint8(255 * values))
+                return image.convert("RGBA")
+    except Exception as error:  # whatever a damaged file makes Pillow raise
         reason = getattr(error, "strerror", None) or "it is damaged, or not an image"
+        if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
+            reason = f"over {Image.MAX_IMAGE_PIXELS:,} pixels are too many: scale it down"
         raise InputError(f"this can't be read: {reason}") from error
 
 

@@ -9,6 +9,11 @@ printed here says how the model does on digits that played no part in making it.
 results are saved beside the checkpoint.
 """
 
+import signal
+
+if __name__ == "__main__":  # the imports below take seconds; Ctrl-C ends them without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import sys
 from pathlib import Path
@@ -38,17 +43,17 @@ def main(args: argparse.Namespace) -> None:
 
     print(f"Checkpoint  {utils.short(path)}: {checkpoint['model']}, epoch {checkpoint['epoch']}")
     if args.images:
-        read_pictures(model, args.images, device, path.parent)
+        read_pictures(model, args.images, device, beside(path, "predictions"))
     else:
         test_set = MNISTDataset(args.data_dir, "test")
         if test_set.classes > checkpoint["classes"]:
             raise utils.InputError(f"The data has {test_set.classes} classes, more than the model")
         print(f"Test set    {len(test_set):,} images, on {device}")
-        print(f"Pictures    confusion.png, mistakes.png in {utils.short(path.parent)}\n")
+        print(f"Pictures    {path.stem}-confusion.png, {path.stem}-mistakes.png beside it\n")
         logits, labels = predict(model, test_set, device)
         report(logits, labels)
-        confusion_figure(logits, labels).savefig(path.parent / "confusion.png")
-        mistakes_figure(test_set, logits, labels).savefig(path.parent / "mistakes.png")
+        save_picture(confusion_figure(logits, labels), beside(path, "confusion"))
+        save_picture(mistakes_figure(test_set, logits, labels), beside(path, "mistakes"))
 
 
 def newest_checkpoint(out_dir: Path) -> Path:
@@ -67,7 +72,7 @@ def predict(model: nn.Module, dataset: Dataset, device: torch.device) -> tuple[T
     batches = [(model(images.to(device)), labels) for images, labels in loader]
     logits, labels = (torch.cat(parts).cpu() for parts in zip(*batches, strict=True))
     if not logits.isfinite().all():
-        raise FloatingPointError("The model's logits are not all numbers. Try a smaller --lr.")
+        raise FloatingPointError("The model's answers are no numbers; train with a smaller --lr")
     return logits, labels
 
 
@@ -91,32 +96,45 @@ def report(logits: Tensor, labels: Tensor) -> None:
     print(f"Test accuracy: {1 - wrong / total:.2%} ({wrong:,} of {total:,} wrong)")
 
 
-def read_pictures(model: nn.Module, paths: list[Path], device: torch.device, folder: Path) -> None:
-    """Print which digit is on each picture, and save in `folder` what the model saw of them.
+def read_pictures(model, paths: list[Path], device: torch.device, answers: Path) -> None:
+    """Print which digit is on each picture, and save what the model saw of them as `answers`.
 
     Raises InputError, if some could not be read, when the others were.
     """
+    if answers.resolve() in [path.resolve() for path in paths]:
+        raise utils.InputError(f"{utils.short(answers)} would be written over: rename it")
     names, images, captions = [], [], []
     for path in paths:
         try:
             images.append(read_digit(path))
-            names.append(path)
+            names.append(utils.short(path))
         except utils.InputError as error:
-            print(f"{path}: {error}", file=sys.stderr)
+            print(f"{utils.short(path)}: {error}", file=sys.stderr)
     if images:
         samples = [(image, 0) for image in images]  # a label is asked for, but not used
         logits, _ = predict(model, samples, device)
         for name, probabilities in zip(names, logits.softmax(dim=1), strict=True):
             (first, second), (digit, other) = (best.tolist() for best in probabilities.topk(2))
             print(f"{name}: {digit} ({first:.1%}), then {other} ({second:.1%})")
-            captions.append(f"{name.name[:16]}: {digit}, {first:.0%}")
+            name = Path(name).name[:16].encode("ascii", "replace").decode()  # the font has no more
+            captions.append(f"{name}: {digit}, {first:.0%}")
         shown = min(30, len(images))
         title = f"{shown} of {len(images)} pictures, as the model sees them: digit, confidence"
         figure = sheet_figure(title, images[:shown], captions[:shown], columns=5)
-        figure.savefig(folder / "predictions.png")
-        print(f"Picture     {utils.short(folder / 'predictions.png')}")
+        save_picture(figure, answers)
+        print(f"Picture     {utils.short(answers)}")
     if len(images) < len(paths):
         raise utils.InputError(f"{len(paths) - len(images)} of {len(paths)} could not be read")
+
+
+def beside(checkpoint: Path, what: str) -> Path:
+    """Where a picture goes: of best.pt to best-confusion.png."""
+    return checkpoint.with_name(f"{checkpoint.stem}-{what}.png")
+
+
+def save_picture(figure, path: Path) -> None:
+    path.unlink(missing_ok=True)  # of a link the link, not what it leads to
+    figure.savefig(path)
 
 
 def log_epoch(log: SummaryWriter, step: int, losses, rates, dataset, indices, model) -> None:

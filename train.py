@@ -7,6 +7,11 @@ The story is `main`: device, data, model, optimizer, log; then for each epoch tr
 print, log, save. In `train_epoch` stand the five statements that make up all training in PyTorch.
 """
 
+import signal
+
+if __name__ == "__main__":  # the imports below take seconds; Ctrl-C ends them without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import time
 from math import ceil
@@ -71,12 +76,13 @@ def main(args: argparse.Namespace) -> None:
     done, best = 0, 0.0  # epochs, and the best validation accuracy in them
     if args.resume:
         last = utils.load_checkpoint(args.resume / "last.pt")
-        utils.load_states(last, model, optimizer, scheduler, image_losses)
-        done, best = last["epoch"], last["best"]
+        done, best = last["epoch"], utils.alike(last.get("best"), best)
+        utils.load_states(last, model, optimizer, scheduler, image_losses, sum(steps[:done]))
     step = sum(steps[:done])
     if rank == 0:
         run_dir = args.run_dir = args.resume or utils.new_run_dir(args)
-        options = {"purge_step": step + 1, "filename_suffix": f".{done}", "flush_secs": 1}
+        options = {"purge_step": step + 1 if done else None, "filename_suffix": f".{done}"}
+        options["flush_secs"] = 1
         train_log = SummaryWriter(str(run_dir / "training"), **options)
         validation_log = SummaryWriter(str(run_dir / "validation"), **options)
         print(f"{args.model} on {device}; in {utils.short(run_dir)}\n")
@@ -119,8 +125,8 @@ def main(args: argparse.Namespace) -> None:
         if accuracy >= best:
             best = accuracy
             utils.save_checkpoint(run_dir / "best.pt", checkpoint)
-        checkpoint |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-        checkpoint |= {"best": best, "losses": image_losses, "settings": utils.as_flags(args)}
+        checkpoint |= {"optimizer": optimizer.state_dict()["state"], "losses": image_losses}
+        checkpoint |= {"step": step, "best": best, "settings": utils.as_flags(args)}
         utils.save_checkpoint(run_dir / "last.pt", checkpoint)
 
     if rank == 0:

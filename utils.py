@@ -5,21 +5,25 @@ import atexit
 import io
 import os
 import pickle
+import secrets
 import signal
 import sys
 import threading
 import time
 import zipfile
 from contextlib import contextmanager, suppress
+from math import isfinite
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
-FORMAT = 2  # of checkpoints: count up when old programs could not read new ones
+FORMAT = 3  # of checkpoints: count up when old programs could not read new ones
 FOLDERS = {"data_dir", "out_dir", "resume", "run_dir"}  # not in a checkpoint: a run may be moved
 MAY_CHANGE = {"device", "workers", "compile"}  # when a run is resumed
+MISFIT = """The checkpoint does not fit: the model, optimizer, scheduler, data or number of
+processes was changed. Undo that, or train anew"""  # in the one line that run_script makes of it
 
 
 class InputError(ValueError):
@@ -89,14 +93,14 @@ def new_run_dir(args: argparse.Namespace) -> Path:
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """Write a checkpoint, so that at no moment a file of that name holds half of one.
 
-    The bytes go to a file beside it and down to the disk; only then does that file take the name,
+    The bytes go to a new file beside it and down to the disk; only then does that take the name,
     which the operating system does in one go. A crash before leaves the old checkpoint.
     """
     content = io.BytesIO()
     torch.save({"format": FORMAT, **checkpoint}, content)
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     try:
-        with partial.open("wb") as file:
+        with partial.open("xb") as file:  # x: not through a link, nor over another file
             file.write(content.getbuffer())
             file.flush()  # from Python to the operating system
             os.fsync(file.fileno())  # from there to the disk
@@ -106,51 +110,78 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
         raise
 
 
-def load_checkpoint(path: Path, *also: str) -> dict:
-    """Read a checkpoint, to the CPU; `also` are entries that it must have, besides a best.pt's.
+def load_checkpoint(path: Path) -> dict:
+    """Read a checkpoint, to the CPU.
 
     `weights_only` lets torch.load build tensors and plain Python values alone: a checkpoint that
     somebody sends you can't run code. Raises InputError or OSError, if it can't be used or read.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise InputError("it is no file")  # and a pipe would let us wait for ever
         with zipfile.ZipFile(path) as archive:  # what torch.save writes
             if archive.testzip():  # the first part with a wrong checksum: torch.load checks none
-                raise zipfile.BadZipFile
+                raise InputError("it is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+            raise InputError("it is of another project, or version")
+        kinds = [type(checkpoint.get(name)) for name in ("model", "classes", "epoch")]
+        if kinds != [str, int, int] or checkpoint["epoch"] < 1:
+            raise InputError("it lacks the model's name, classes or epoch")
+        if not 1 < checkpoint["classes"] <= 10_000:
+            raise InputError(f"it has {checkpoint['classes']:.3g} classes")
+        return checkpoint
     except OSError:
         raise
-    except Exception as error:  # whatever a file of another kind makes zipfile and torch raise
-        code = isinstance(error, pickle.UnpicklingError)
-        what = "could run code" if code else "is damaged, or no checkpoint"
-        raise InputError(f"{short(path)} {what}: take another") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise InputError(f"{short(path)} is of another project, or version: take another")
-    if missing := {"model", "classes", "weights", "epoch", *also} - checkpoint.keys():
-        raise InputError(f"{short(path)} lacks {', '.join(sorted(missing))}: take another")
-    return checkpoint
+    except Exception as error:  # also whatever a file of another kind makes zipfile and torch raise
+        reason = str(error) if isinstance(error, InputError) else "it is damaged, or no checkpoint"
+        reason = "it could run code" if isinstance(error, pickle.UnpicklingError) else reason
+        raise InputError(f"{short(path)} can't be used: {reason}. Take another") from error
 
 
-def load_states(checkpoint, model, optimizer=None, scheduler=None, image_losses=None) -> None:
-    """Put a checkpoint's weights and states into their places; InputError, if they do not fit."""
-    try:
-        model.load_state_dict(checkpoint["weights"])
-        if optimizer is not None:
-            new, saved = optimizer.state_dict()["param_groups"], checkpoint["optimizer"]
-            if [group.keys() for group in new] != [group.keys() for group in saved["param_groups"]]:
-                raise KeyError("the state of another kind of optimizer")
-            optimizer.load_state_dict(saved)
-            for weight, state in optimizer.state.items():
-                for key in state.keys() - {"step"}:  # a fused one trusts their size and layout
-                    state[key] = torch.empty_like(weight).copy_(state[key].view_as(weight))
-            if checkpoint["scheduler"]["total_steps"] != scheduler.state_dict()["total_steps"]:
-                raise ValueError("another number of images, or of processes")
-            scheduler.load_state_dict(checkpoint["scheduler"])
-            image_losses.copy_(checkpoint["losses"].view_as(image_losses))
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(
-            "The checkpoint does not fit: the model, optimizer, scheduler, data or number of "
-            "processes was changed. Undo that, or train anew"
-        ) from error
+def alike(saved, new):
+    """A copy of what a file holds, if it is like `new` in types, keys, lengths, shapes and dtypes.
+
+    Else, or if a tensor has numbers that are immense or none (NaN), InputError. Optimizers check
+    none of it, and a fused one would write beyond the end of a smaller state.
+    """
+    same = type(saved) is type(new)
+    if same and isinstance(new, torch.Tensor):
+        kinds = [(tensor.shape, tensor.dtype, tensor.layout) for tensor in (saved, new)]
+        if saved.device.type == "cpu" and kinds[0] == kinds[1] and (saved.abs() < 1e18).all():
+            return torch.empty_like(new).copy_(
+                saved
+            )  # memory of its own, laid out like the model's
+    elif same and isinstance(new, dict):
+        if saved.keys() == new.keys():
+            return type(new)((key, alike(saved[key], new[key])) for key in new)
+    elif same and isinstance(new, list):
+        if len(saved) == len(new):
+            return list(map(alike, saved, new))
+    elif same and (not isinstance(new, float) or isfinite(saved)):
+        return saved
+    raise InputError(MISFIT)
+
+
+def load_states(saved, model, optimizer=None, scheduler=None, image_losses=None, step=0) -> None:
+    """Put what a checkpoint holds into its places; InputError, if it does not fit.
+
+    `step` is how many steps there were until then: the learning rate follows from that.
+    """
+    weights = alike(saved.get("weights"), model.state_dict())
+    if optimizer is not None:
+        for weight in (w for group in optimizer.param_groups for w in group["params"]):
+            weight.grad = torch.zeros_like(weight)
+        optimizer.step()  # only to have states to compare with
+        optimizer.zero_grad()
+        new = optimizer.state_dict()
+        optimizer.load_state_dict(new | {"state": alike(saved.get("optimizer"), new["state"])})
+        image_losses.copy_(alike(saved.get("losses"), image_losses))
+        if alike(saved.get("step"), step) != step:
+            raise InputError(MISFIT)
+        for _ in range(step):
+            scheduler.step()
+    model.load_state_dict(weights)
 
 
 def as_flags(args: argparse.Namespace) -> list[str]:
@@ -171,8 +202,11 @@ def parse_and_resume(parser: argparse.ArgumentParser, argv: list[str] | None) ->
     named = Path(given.resume) if Path(given.resume).is_dir() else given.out_dir / given.resume
     newest_first = sorted(given.out_dir.glob("*/last.pt"), reverse=True)
     for path in newest_first if given.resume == "newest" else [named / "last.pt"]:
-        last = load_checkpoint(path, "optimizer", "scheduler", "best", "settings", "losses")
-        began = parser.parse_args(last["settings"])
+        last = load_checkpoint(path)
+        flags = alike(last.get("settings"), as_flags(given))  # a list of as many texts
+        if not "".join(flags).isprintable() or any(p.is_symlink() for p in path.parent.rglob("*")):
+            raise InputError(f"{short(path.parent)} is odd, with links or control characters in it")
+        began = parser.parse_args(flags)
         if last["epoch"] >= (began.epochs or 0):
             continue  # it is finished
         args = parser.parse_args(argv, argparse.Namespace(**vars(began)))
@@ -192,6 +226,8 @@ def run_script(parse_args, main) -> None:
     args, signals = argparse.Namespace(), []
 
     def interrupt(number: int, frame: object) -> None:
+        if signals:
+            os._exit(128 + number)  # the second time without a word
         signals.append(number)
         raise KeyboardInterrupt
 
@@ -202,18 +238,28 @@ def run_script(parse_args, main) -> None:
             line += f" Go on with: python {short(Path(sys.argv[0]))} --resume {short(run_dir)}"
             if args.data_dir.resolve() != Path(sys.argv[0]).resolve().parent / "data":
                 line += f" --data-dir {short(args.data_dir)}"
-        print("\n" * sys.stderr.isatty() + line, file=sys.stderr)
+        with suppress(OSError):
+            print("\n" * sys.stderr.isatty() + line, file=sys.stderr)
         with suppress(OSError):
             sys.stdout.flush()
         os._exit(128 + signals[0] if signals else 1)  # clean-up might wait for a full disk for ever
 
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115 (it is None, if closed)
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names that it has no letters for
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
     threading.excepthook = lambda failure: end(failure.exc_value)  # tensorboardX writes in a thread
     try:
-        args = parse_args()
-        main(args)
+        try:
+            args = parse_args()
+            main(args)
+        finally:
+            sys.stdout.flush()  # here an error can still be told
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # while Python cleans up
     except (Exception, KeyboardInterrupt) as error:
+        if "InvalidCxxCompiler" in str(error):  # of torch.compile, deep inside
+            end(InputError("--compile needs a C++ compiler, as g++: install it, or go without"))
         if not signals and not isinstance(error, (InputError, OSError, FloatingPointError)):
             raise
         end(error)
@@ -222,4 +268,5 @@ def run_script(parse_args, main) -> None:
 def short(path: Path) -> str:
     """A path as a person would type it: relative to the current folder where it lies inside."""
     path = path.absolute()
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    return "".join(c if c.isprintable() else "?" for c in str(path))

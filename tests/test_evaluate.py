@@ -1,6 +1,8 @@
 """Measuring on the test set, and reading pictures."""
 
+import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -78,7 +80,7 @@ def test_the_printed_accuracy_equals_a_count_by_hand(run_here, trained, small_da
     line = f"Test accuracy: {100 - wrong / 5:.2f}% ({wrong} of 500 wrong)"
     assert result.stdout.splitlines()[-1] == line
     for name in ("confusion.png", "mistakes.png"):
-        with Image.open(trained / name) as picture:
+        with Image.open(trained / f"best-{name}") as picture:
             assert min(picture.size) >= 100 and len(picture.getcolors(1 << 24)) > 10
 
 
@@ -93,7 +95,7 @@ def test_no_mistakes_at_all(run_here, trained, tmp_path, small_data_dir):
     result = run_here("evaluate.py", "--checkpoint=best.pt", f"--data-dir={tmp_path}")
     assert result.returncode == 0, result.stderr
     assert f"Test accuracy: 100.00% (0 of {sevens.sum()} wrong)" in result.stdout
-    assert (tmp_path / "mistakes.png").is_file()
+    assert (tmp_path / "best-mistakes.png").is_file()
 
 
 def test_more_classes_than_the_model_has(run_here, trained, tmp_path):
@@ -139,7 +141,7 @@ def test_it_names_the_digits_and_shows_what_it_saw(run_here, trained, small_data
         (first, second), (digit, other) = (best.tolist() for best in row.topk(2))
         line = f"digit {i}.png: {digit} ({first:.1%}), then {other} ({second:.1%})"
         assert line in result.stdout.splitlines()
-    with Image.open(tmp_path / "predictions.png") as picture:
+    with Image.open(tmp_path / "best-predictions.png") as picture:
         assert min(picture.size) >= 200 and len(picture.getcolors(1 << 24)) > 10
 
 
@@ -157,6 +159,9 @@ def test_a_file_that_cannot_be_read_gets_one_line_and_the_others_are_done(
     (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:300])
     (tmp_path / "text.png").write_text("seven")
     (tmp_path / "nothing.png").touch()
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n{} loop\n"
+    (tmp_path / "program.eps").write_bytes(program)
+    os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
     expected = {
         "empty.png": "the page is empty",
@@ -165,9 +170,11 @@ def test_a_file_that_cannot_be_read_gets_one_line_and_the_others_are_done(
         "huge.png": "scale it down",
         "bomb.png": "scale it down",
         "cut.png": "not an image",
+        "program.eps": "not an image",
         "text.png": "not an image",
         "nothing.png": "not an image",
-        "folder.png": "directory",
+        "folder.png": "no file",
+        "pipe.png": "no file",
         "missing.png": "No such file",
     }
     result = run_here("evaluate.py", *expected, "good.png", "--checkpoint=best.pt")
@@ -177,4 +184,55 @@ def test_a_file_that_cannot_be_read_gets_one_line_and_the_others_are_done(
     for line, (name, part) in zip(lines, expected.items(), strict=True):
         assert line.startswith(name) and part in line
     assert re.search(r"^good\.png: \d \(", result.stdout, re.MULTILINE)
-    assert (tmp_path / "predictions.png").is_file()
+    assert (tmp_path / "best-predictions.png").is_file()
+
+
+def test_a_picture_of_the_user_s_is_never_written_over(run_here, trained, tmp_path, small_data_dir):
+    save_checkpoint(tmp_path / "best.pt", load_checkpoint(trained / "best.pt"))
+    picture = tmp_path / "predictions.png"
+    enlarged(MNISTDataset(small_data_dir, "test").images[0]).save(picture)
+    answers, other = tmp_path / "best-predictions.png", tmp_path / "other.png"
+    shutil.copy(picture, other)
+    answers.symlink_to(other)
+    before = picture.read_bytes()
+    assert run_here("evaluate.py", picture, "--checkpoint=best.pt").returncode == 0
+    assert picture.read_bytes() == other.read_bytes() == before
+    shutil.copy(picture, answers)
+    one_line(run_here("evaluate.py", answers, "--checkpoint=best.pt"), 1, "rename it")
+    assert answers.read_bytes() == before
+
+
+def test_many_pictures_with_names_of_all_kinds(run_here, trained, tmp_path, small_data_dir):
+    save_checkpoint(tmp_path / "best.pt", load_checkpoint(trained / "best.pt"))
+    image = enlarged(MNISTDataset(small_data_dir, "test").images[0])
+    names = ["$x_1$.png", "数字.png", "\x1b[31mred\n.png", os.fsdecode(b"\xff.png"), "-7.png"]
+    names += [f"{i}.png" for i in range(35)]
+    for name in names:
+        image.save(tmp_path / name)
+    result = run_here("evaluate.py", "--checkpoint=best.pt", "--", *names)
+    assert result.returncode == 0 and result.stderr == ""
+    assert len(re.findall(r": \d \(", result.stdout)) == len(names) == 40
+    assert "\x1b" not in result.stdout and "数字.png: " in result.stdout
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_spoilt_pictures_get_a_line_each(run_here, trained, tmp_path, small_data_dir, seed):
+    save_checkpoint(tmp_path / "best.pt", load_checkpoint(trained / "best.pt"))
+    image = enlarged(MNISTDataset(small_data_dir, "test").images[0])
+    rng, names = np.random.default_rng(seed), []
+    for kind in ("png", "jpg", "gif", "bmp", "tiff", "webp", "ppm", "pdf"):
+        image.save(tmp_path / f"good.{kind}")
+        content = np.fromfile(tmp_path / f"good.{kind}", dtype=np.uint8)
+        for i in range(15):
+            spoilt = content.copy()
+            where = rng.integers(0, [60, len(content)][i % 2], 3)  # in the header, or anywhere
+            spoilt[where] = rng.integers(0, 256, 3)
+            names.append(f"{i}.{kind}")
+            end = rng.integers(1, len(content) + 1) if i % 3 == 0 else None
+            spoilt[:end].tofile(tmp_path / names[-1])
+    result = run_here("evaluate.py", "--checkpoint=best.pt", *names)
+    *lines, last = result.stderr.splitlines()
+    assert result.returncode == 1 and "could not be read" in last
+    answers = re.findall(r"^\d+\.\w+: \d \(", result.stdout, re.MULTILINE)
+    assert len(lines) + len(answers) == len(names) and len(answers) > 10
+    assert all(re.match(r"\d+\.\w+: ", line) for line in lines)

@@ -81,8 +81,9 @@ def test_in_two_processes_a_resumed_run_equals_an_uninterrupted_one(torchrun, tm
     (run_dir,) = (tmp_path / "runs").iterdir()
     whole = run_dir.rename(tmp_path / "whole")
     process = torchrun("--epochs=8")
-    while " 2/8" not in process.stdout.readline():
-        pass
+    for line in process.stdout:
+        if " 2/8" in line:
+            break
     process.terminate()
     process.communicate(timeout=100)
     (run_dir,) = (tmp_path / "runs").iterdir()

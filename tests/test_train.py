@@ -24,7 +24,7 @@ from dataset import MNISTDataset
 from evaluate import predict
 from model import build_model
 from train import parse_args, train_epoch
-from utils import InputError, load_checkpoint, save_checkpoint
+from utils import InputError, load_checkpoint, run_script, save_checkpoint
 
 
 def small_training(images, labels, steps, lr=0.005):
@@ -139,7 +139,8 @@ def test_both_scripts_from_another_folder_with_no_paths_given(run, run_here, che
     assert str(newest / "best.pt") in result.stdout
     last_line = result.stdout.splitlines()[-1]
     assert re.fullmatch(r"Test accuracy: \d+\.\d\d% \([\d,]+ of 10,000 wrong\)", last_line)
-    assert not (earlier / "mistakes.png").exists()
+    assert not (earlier / "best-mistakes.png").exists()
+    assert (newest / "best-mistakes.png").exists()
 
 
 def test_each_run_has_a_folder_of_its_own(train, monkeypatch):
@@ -203,7 +204,7 @@ def test_the_shortest_runs_train_at_a_rate_that_does_something(train, batch_size
         event.value for event in read_log(run_dir / "training").Scalars("charts/learning_rate")
     ]
     assert len(rates) == steps and rates[0] > 1e-4
-    assert load_checkpoint(run_dir / "last.pt")["scheduler"]["last_epoch"] == steps
+    assert load_checkpoint(run_dir / "last.pt")["step"] == steps
 
 
 @pytest.mark.parametrize("kind", ["full", "frozen"])
@@ -215,14 +216,18 @@ def test_fine_tuning_from_a_weights_file(train, tmp_path, monkeypatch, kind):
     torch.save(weights, cache / Path(models.ResNet18_Weights.DEFAULT.url).name)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     flags = {"full": [], "frozen": ["--freeze-backbone"]}[kind]
+    made, real = [], script.build_optimizer
+    monkeypatch.setattr(
+        script, "build_optimizer", lambda *args, **kw: made.append(real(*args, **kw)) or made[0]
+    )
     run_dir = train("--model=resnet18", "--dry-run", "--batch-size=4", "--lr=0.002", *flags)
-    last = load_checkpoint(run_dir / "last.pt")
+    last, groups = load_checkpoint(run_dir / "last.pt"), made[0][0].param_groups
     assert last["model"] == "resnet18"
     kept = torch.equal(last["weights"]["backbone.conv1.weight"], weights["conv1.weight"])
     assert kept == (kind == "frozen")
-    peaks = [group["max_lr"] for group in last["optimizer"]["param_groups"]]
+    peaks = [group["max_lr"] for group in groups]
     assert peaks == {"full": [0.0002, 0.002], "frozen": [0.002]}[kind]
-    seen = sum(len(group["params"]) for group in last["optimizer"]["param_groups"])
+    seen = sum(len(group["params"]) for group in groups)
     assert seen == {"full": 62, "frozen": 2}[kind]
     assert build_model("resnet18", last["classes"]).load_state_dict(last["weights"])
 
@@ -366,12 +371,14 @@ def test_what_a_run_computes_cannot_change_but_where_can(stopped_run, capsys):
 def test_settings_in_a_file_meet_the_same_checks_and_name_no_folders(stopped_run, tmp_path, capsys):
     run_dir = stopped_run()
     last = load_checkpoint(run_dir / "last.pt")
+    *others, _, _, _ = last["settings"]
     folders = ["--data-dir=/stranger", "--out-dir=/stranger", "--resume=/stranger"]
-    save_checkpoint(run_dir / "last.pt", last | {"settings": last["settings"] + folders})
+    save_checkpoint(run_dir / "last.pt", last | {"settings": others + folders})
     args = parse_args([f"--resume={run_dir}", f"--data-dir={tmp_path}"])
     assert (args.resume, args.data_dir) == (run_dir, tmp_path)
     assert "stranger" not in str(args.out_dir)
-    save_checkpoint(run_dir / "last.pt", last | {"settings": [*last["settings"], "--workers=300"]})
+    flags = [f if "workers" not in f else "--workers=300" for f in last["settings"]]
+    save_checkpoint(run_dir / "last.pt", last | {"settings": flags})
     with pytest.raises(SystemExit):
         parse_args([f"--resume={run_dir}"])
     assert "from 0 to 256" in capsys.readouterr().err
@@ -389,15 +396,40 @@ def test_after_the_optimizer_was_changed_a_run_is_refused(train, stopped_run, mo
         train(f"--resume={run_dir}")
 
 
-@pytest.mark.parametrize("state", [torch.zeros(3), torch.zeros(())])
+@pytest.mark.parametrize(
+    "state", [torch.zeros(3), torch.zeros(()), torch.empty(16, 1, 5, 5, device="meta")]
+)
 def test_states_of_another_shape_are_refused(train, stopped_run, state):
     """A fused optimizer would write beyond their end."""
     run_dir = stopped_run()
     last = load_checkpoint(run_dir / "last.pt")
-    last["optimizer"]["state"][0]["exp_avg"] = state
+    last["optimizer"][0]["exp_avg"] = state
     save_checkpoint(run_dir / "last.pt", last)
     with pytest.raises(InputError, match="does not fit"):
         train(f"--resume={run_dir}")
+
+
+def test_a_run_with_links_in_it_is_refused(stopped_run, tmp_path):
+    """A stranger's folder could send the log anywhere."""
+    run_dir = stopped_run()
+    shutil.rmtree(run_dir / "training")
+    (run_dir / "training").symlink_to(tmp_path)
+    with pytest.raises(InputError, match="links"):
+        parse_args([f"--resume={run_dir}"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="open files can't be renamed there")
+def test_the_clock_may_go_back_while_a_run_is_stopped(stopped_run, train):
+    run_dir, tries = stopped_run(), 0
+    while "charts/accuracy" not in read_log(run_dir / "validation").Tags()["scalars"]:
+        time.sleep(0.2)  # a thread writes the log
+        tries += 1
+        assert tries < 50
+    for path in list(run_dir.rglob("events.out.tfevents.*")):  # .seconds, and more
+        path.rename(path.with_name(path.name.replace("tfevents.", "tfevents.9")))
+    train(f"--resume={run_dir}")
+    log = read_log(run_dir / "validation")
+    assert len({event.step for event in log.Scalars("charts/accuracy")}) == 3
 
 
 def test_a_run_on_other_data_is_refused(stopped_run, data_dir):
@@ -516,6 +548,63 @@ def test_a_signal_ends_a_run_and_one_line_says_how_to_go_on(
     assert result.stderr.endswith(how)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_ctrl_c_during_the_imports(checkout, script):
+    command = [sys.executable, "-X", "importtime", checkout / script]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if "numpy" in line:  # torch has begun, too
+                break
+        process.send_signal(signal.SIGINT)
+        assert "Traceback" not in process.stderr.read()
+    assert process.returncode == -signal.SIGINT
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize(
+    "end, status, lines",
+    [
+        ("> /dev/full", 1, 1),
+        pytest.param("| true", 1, 1, marks=pytest.mark.slow),
+        pytest.param(">&-", 0, 0, marks=pytest.mark.slow),
+        pytest.param("2>&-", 0, 0, marks=pytest.mark.slow),
+    ],
+)
+def test_output_that_goes_nowhere(checkout, trained, small_data_dir, end, status, lines):
+    flags = f"--checkpoint={trained}/best.pt --data-dir={small_data_dir}"
+    command = f"set -o pipefail; {sys.executable} {checkout}/evaluate.py {flags} {end}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert result.returncode == status
+    assert len(result.stderr.splitlines()) == lines, result.stderr
+
+
+def test_a_run_s_folder_that_disappears(run_here, small_data_dir, tmp_path, monkeypatch):
+    real = script.train_epoch
+
+    def train_epoch(*args):
+        for folder in (tmp_path / "runs").iterdir():
+            shutil.rmtree(folder)
+        return real(*args)
+
+    monkeypatch.setattr(script, "train_epoch", train_epoch)
+    monkeypatch.setattr("utils.run_script", lambda parse_args, main: run(parse_args, script.main))
+    run = run_script
+    flags = (f"--data-dir={small_data_dir}", f"--out-dir={tmp_path / 'runs'}")
+    one_line(run_here("train.py", *flags), 1, "No such file or directory")
+
+
+@pytest.mark.parametrize("images", [1, 2, 13])
+def test_few_images(train, tmp_path, images):
+    rng = np.random.default_rng(0)
+    write_mnist(tmp_path, rng.integers(0, 256, (images, 28, 28)), np.arange(images) % 3)
+    if images == 1:
+        with pytest.raises(InputError, match="1 images"):
+            train(f"--data-dir={tmp_path}")
+    else:
+        assert load_checkpoint(train(f"--data-dir={tmp_path}") / "last.pt")["epoch"] == 3
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
 @pytest.mark.parametrize("limit", [pytest.param(300_000, marks=pytest.mark.slow), 600_000])
 def test_a_full_disk_while_saving(start, train, stopped_run, tmp_path, limit):
@@ -586,6 +675,14 @@ def test_twenty_kills_in_the_middle_of_saving_then_the_same_end(start, train, tm
         process = start("--resume", before=SLOW_SAVING)
     assert finish(process).returncode == 0
     assert_same_end(run_dir, train(epochs, name="whole"))
+
+
+@pytest.mark.slow
+def test_without_a_compiler(run, small_data_dir, tmp_path):
+    flags = ("--compile", "--dry-run", "--device=cpu", f"--data-dir={small_data_dir}")
+    environment = {"PATH": "", "CXX": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    result = run("train.py", *flags, f"--out-dir={tmp_path}", **environment)
+    one_line(result, 1, "C++ compiler")
 
 
 @pytest.mark.slow
