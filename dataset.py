@@ -9,6 +9,7 @@ i (`__getitem__`). A DataLoader asks them, in random order if told to, and hands
 
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -108,7 +109,7 @@ FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")  # of pixels, not
 STROKE_EDGE = 1 / 3  # of the full ink: where a soft stroke is taken to end
 
 
-def read_digit(path: Path | str) -> Tensor:
+def read_digit(path: Path | str | BinaryIO) -> Tensor:
     """Read a picture of one digit, in any format of Pillow's, whichever of ink and paper is darker.
 
     A network knows what it was trained on, and nothing else. So the digit is brought into the form
@@ -140,9 +141,9 @@ def read_digit(path: Path | str) -> Tensor:
     return image
 
 
-def open_picture(path: Path | str) -> Image.Image:
+def open_picture(path: Path | str | BinaryIO) -> Image.Image:
     """A picture, upright, as RGBA: colours, and A, alpha, which is 0 where it is transparent."""
-    if Path(path).exists() and not Path(path).is_file():
+    if isinstance(path, (str, Path)) and Path(path).exists() and not Path(path).is_file():
         raise InputError("this is no file")  # and a pipe would let us wait for ever
     try:
         with warnings.catch_warnings():
