@@ -17,6 +17,17 @@ from examples import photos
 KINDS = ("checks", "disc", "stripes")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    """Small images, for time; and with those a second thread would wait more than work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(photos, "SIZE", 32)
+        yield
+    torch.set_num_threads(threads)
+
+
 def draw(kind, rng):
     """A photo (H, W, 3) uint8: two random colours in a pattern, somewhere, turned, with noise."""
     height, width = rng.integers(80, 120, 2)
@@ -56,7 +67,6 @@ def learnt(tmp_path_factory):
     (folder / "disc" / "cut.jpg").write_bytes(cut)
     (folder / "stripes" / "notes.txt").write_text("no photo")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(photos, "SIZE", 32)
         lines = []
         patch.setattr("builtins.print", lambda *parts, **_: lines.append(" ".join(parts)))
         photos.main(photos.parse_args([str(folder), "--no-pretrained", "--epochs=6"]))
@@ -84,8 +94,7 @@ def test_it_learns_from_random_weights_and_leaves_out_what_is_no_photo(learnt):
     assert float(re.search(r"validation ([\d.]+)%", lines[-1])[1]) > 60  # by chance 33
 
 
-def test_new_photos_are_called_by_their_names(learnt, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(photos, "SIZE", 32)
+def test_new_photos_are_called_by_their_names(learnt, tmp_path, capsys):
     write(tmp_path / "new", 12, seed=1)
     paths = sorted((tmp_path / "new").glob("*/*.jpg"))
     photos.main(photos.parse_args([str(learnt[0]), *map(str, paths)]))
@@ -113,8 +122,7 @@ def test_a_photo_stays_in_its_part_when_others_come(tmp_path):
     assert not training & held_out and len(training | held_out) == 60
 
 
-def test_the_same_seed_gives_the_same_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(photos, "SIZE", 32)
+def test_the_same_seed_gives_the_same_weights(tmp_path):
     write(tmp_path / "photos", 8)
     weights = []
     for seed in (1, 1, 2):
