@@ -80,10 +80,12 @@ class ResNet18(nn.Module):
         classes: how many kinds of image to tell apart.
         pretrained: start the backbone from WEIGHTS; else from random weights.
         freeze_backbone: train the head alone.
+        size: pixels of a side, to which images are scaled.
     """
 
-    def __init__(self, classes: int, pretrained: bool = False, freeze_backbone: bool = False):
+    def __init__(self, classes: int, pretrained=False, freeze_backbone=False, size=RESNET_SIZE):
         super().__init__()
+        self.size = size
         self.freeze_backbone = freeze_backbone
         self.backbone = models.resnet18()
         if pretrained:
@@ -112,7 +114,7 @@ class ResNet18(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 1 or 3, H, W) float32, from 0 to 1, to logits (N, classes)."""
-        x = F.interpolate(images, size=RESNET_SIZE, mode="bilinear")  # (N, 1, 56, 56)
+        x = F.interpolate(images, size=self.size, mode="bilinear")  # (N, 1, 56, 56)
         x = (x - self.mean) / self.std  # (N, 3, 56, 56): a grey value for each of three channels
         return self.head(self.backbone(x))  # (N, 512) features, then (N, classes)
 

@@ -35,6 +35,7 @@ def checkout(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkout")
     for script in ROOT.glob("*.py"):
         shutil.copy(script, folder)
+    shutil.copytree(ROOT / "examples", folder / "examples")
     unpacked = shutil.ignore_patterns("*-ubyte")
     shutil.copytree(ROOT / "data", folder / "data", ignore=unpacked)
     return folder

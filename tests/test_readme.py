@@ -5,10 +5,7 @@ import re
 import shlex
 from contextlib import redirect_stdout
 
-import numpy as np
-import pytest
 from conftest import ROOT
-from PIL import Image
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = [
@@ -22,26 +19,14 @@ COMMANDS = [
     if language == "sh"
     for command in block.splitlines()
 ]
+SCRIPTS = {name: name for name in ("train.py", "evaluate.py")}
+SCRIPTS["examples.photos"] = "examples/photos.py"  # as python -m calls it
 
 
-@pytest.fixture
-def folder(data_dir, tmp_path, monkeypatch):
-    """A folder as a reader has it: the data, and photos of two kinds of things."""
+def test_every_python_block_runs_and_prints_what_it_says(data_dir, tmp_path, monkeypatch):
+    """A comment after a print is its output, with ... for what differs from run to run."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(data_dir, target_is_directory=True)
-    rng = np.random.default_rng(0)
-    for name, colour in (("cat", (200, 80, 60)), ("dog", (60, 90, 200))):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for i in range(30):
-            photo = rng.normal(colour, 40, (150, 200, 3)).clip(0, 255).astype(np.uint8)
-            Image.fromarray(photo).save(tmp_path / "photos" / name / f"{i}.jpg")
-    cut = (tmp_path / "photos" / "cat" / "0.jpg").read_bytes()[:3_000]
-    (tmp_path / "photos" / "cat" / "cut.jpg").write_bytes(cut)
-    return tmp_path
-
-
-def test_every_python_block_runs_and_prints_what_it_says(folder):
-    """A comment after a print is its output, with ... for what differs from run to run."""
     names, checked = {}, 0
     for line, language, block in BLOCKS:
         if language != "python":
@@ -57,16 +42,6 @@ def test_every_python_block_runs_and_prints_what_it_says(folder):
             assert re.fullmatch(pattern, text), f"README.md, block at line {line}: {text}"
             checked += bool(said)
     assert checked >= 8
-
-    # The program for photos in folders. These are easy to tell apart: 8 epochs do.
-    with redirect_stdout(io.StringIO()) as output:
-        names["EPOCHS"] = 8
-        names["train"]()
-        names["classify"]("photos/dog/1.jpg")
-    text = output.getvalue()
-    assert "cut.jpg is left out" in text
-    assert float(re.search(r"epoch 8: .* validation ([\d.]+)%", text)[1]) > 90
-    assert text.splitlines()[-1].startswith("photos/dog/1.jpg: dog (")
 
 
 def test_links_and_files_exist():
@@ -85,8 +60,8 @@ def test_links_and_files_exist():
 
 def test_every_flag_exists(run_here):
     flags = {
-        script: set(re.findall(r"--[a-z-]+", run_here(script, "--help").stdout))
-        for script in ("train.py", "evaluate.py")
+        name: set(re.findall(r"--[a-z-]+", run_here(script, "--help").stdout))
+        for name, script in SCRIPTS.items()
     }
     for command in COMMANDS:
         for script in flags.keys() & set(command):
