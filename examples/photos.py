@@ -26,15 +26,18 @@ from train import build_optimizer, train_epoch
 
 SIZE, BATCH_SIZE = 128, 16  # pixels of a side, and photos a step
 to_float = v2.ToDtype(torch.float32, scale=True)  # from 0 to 1; the model normalises
-whole = v2.Compose([v2.Resize((SIZE, SIZE)), to_float])
-part, flip = v2.RandomResizedCrop(SIZE, scale=(0.5, 1)), v2.RandomHorizontalFlip()
-augmented = v2.Compose([part, flip, to_float])  # another part each time
+plain = v2.Compose([v2.Resize((SIZE, SIZE)), to_float])
+part = v2.RandomResizedCrop(SIZE, scale=(0.5, 1))  # another one each time
+augmented = v2.Compose([part, v2.RandomHorizontalFlip(), to_float])
 
 
 @cache  # in each epoch after the first they come from memory: 10,000 in 2 GB
-def read_photo(path: str) -> Tensor:
+def read_photo(path: str | Path) -> Tensor:
     """A photo, made small, (3, H, W) uint8. Raises InputError, if it can't be read."""
-    photo = open_picture(path).convert("RGB")  # upright, as the camera was held
+    try:
+        photo = open_picture(path).convert("RGB")  # upright, as the camera was held
+    except utils.InputError as error:
+        raise utils.InputError(f"{utils.short(Path(path))}: {error}") from error
     photo.thumbnail((2 * SIZE, 2 * SIZE))
     return v2.functional.pil_to_tensor(photo)
 
@@ -44,32 +47,33 @@ def read_folder(folder: Path, held_out: bool) -> ImageFolder:
 
     def is_wanted(path: str) -> bool:
         # One in five is held out. Chosen by name, a photo stays where it is when others come.
-        is_here = (crc32(Path(path).name.encode(errors="replace")) % 5 == 0) == held_out
+        if (crc32(Path(path).name.encode(errors="replace")) % 5 == 0) != held_out:
+            return False
         try:
-            return is_here and read_photo(path) is not None
+            return read_photo(path) is not None
         except utils.InputError as error:
-            print(f"{utils.short(Path(path))} is left out: {error}")
+            print(f"Left out: {error}")
             return False
 
-    view = whole if held_out else augmented
-    return ImageFolder(folder, view, None, read_photo, is_wanted, allow_empty=True)
+    return ImageFolder(
+        folder,
+        transform=plain if held_out else augmented,
+        loader=read_photo,
+        is_valid_file=is_wanted,
+        allow_empty=True,  # train says which
+    )
 
 
-def main(args: argparse.Namespace) -> None:
-    """Train on a folder of photos, or if new ones are given say what is on them."""
-    if args.photos:
-        return classify(args)
+def train(args: argparse.Namespace) -> None:
     train_set, held_out = (read_folder(args.folder, part) for part in (False, True))
     names = train_set.classes
-    for label, name in enumerate(names):
-        if label not in train_set.targets:
-            raise utils.InputError(f"{args.folder / name} has no photo to train on: add some")
-    if len(names) < 2 or not held_out.samples:
-        lack = "two folders" if len(names) < 2 else "more photos: one in five is held out"
-        raise utils.InputError(f"{args.folder} needs {lack}")
+    empty = [name for label, name in enumerate(names) if label not in train_set.targets]
+    if len(names) < 2 or empty or not held_out.samples:
+        lack = f"a photo to train on in {empty[0]}" if empty else "two kinds, and more photos"
+        raise utils.InputError(f"{args.folder} lacks {lack} (one photo in five is held out)")
     print(f"{len(train_set)} photos to train on, {len(held_out)} held out: {', '.join(names)}")
     device, _, _ = utils.setup_distributed("auto")
-    torch.manual_seed(args.seed)  # all that is random follows from it
+    torch.manual_seed(0)  # all that is random follows from it
     model = ResNet18(len(names), args.pretrained, size=SIZE)
     model.to(device, memory_format=torch.channels_last)
     loader = DataLoader(train_set, BATCH_SIZE, shuffle=True)
@@ -86,37 +90,28 @@ def main(args: argparse.Namespace) -> None:
 
 
 def classify(args: argparse.Namespace) -> None:
-    saved = Path(f"{args.folder}.pt")
-    if not saved.exists():
-        raise utils.InputError(f"There is no {saved}: train first, by the folder's name alone")
-    checkpoint = utils.load_checkpoint(saved)
+    checkpoint = utils.load_checkpoint(Path(f"{args.folder}.pt"))
     names = utils.alike(checkpoint.get("names"), [""] * checkpoint["classes"])  # so many texts
     model = ResNet18(len(names), size=SIZE)
     utils.load_states(checkpoint, model)
     for path in args.photos:
-        try:
-            photo = whole(read_photo(path))
-        except utils.InputError as error:
-            raise utils.InputError(f"{utils.short(path)}: {error}") from error
-        logits, _ = predict(model, [(photo, 0)], torch.device("cpu"))  # a label is not used
+        logits, _ = predict(model, [(plain(read_photo(path)), 0)], torch.device("cpu"))
         probability, best = logits[0].softmax(dim=0).max(dim=0)
-        print(f"{utils.short(path)}: {names[best]} ({probability:.1%})")
+        print(f"{utils.short(path)}: {names[best]!r} ({probability:.1%})")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m examples.photos")
+    parser = argparse.ArgumentParser(
+        "python -m examples.photos", description=__doc__.split("\n")[0]
+    )
     flag = parser.add_argument
     flag("folder", type=Path, help="has a folder of photos for each kind of thing")
     flag("photos", type=Path, nargs="*", metavar="PHOTO", help="say what is on these")
     flag("--pretrained", action=argparse.BooleanOptionalAction, default=True, help="ImageNet (yes)")
     flag("--epochs", type=int, default=15, metavar="N", help="how often to see all photos (15)")
     flag("--lr", type=float, default=0.001, metavar="X", help="peak learning rate (0.001)")
-    flag("--seed", type=int, default=0, metavar="N", help="decides all that is random (0)")
-    args = parser.parse_args(argv)
-    if args.epochs < 1:
-        parser.error("--epochs: use a number from 1")
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    utils.run_script(parse_args, main)
+    utils.run_script(parse_args, lambda args: classify(args) if args.photos else train(args))

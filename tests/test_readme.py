@@ -20,7 +20,7 @@ COMMANDS = [
     for command in block.splitlines()
 ]
 SCRIPTS = {name: name for name in ("train.py", "evaluate.py")}
-SCRIPTS["examples.photos"] = "examples/photos.py"  # as python -m calls it
+SCRIPTS |= {f"examples.{name}": f"examples/{name}.py" for name in ("draw", "look_inside", "photos")}
 
 
 def test_every_python_block_runs_and_prints_what_it_says(data_dir, tmp_path, monkeypatch):
