@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
+from scipy import ndimage
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets
@@ -107,6 +108,7 @@ def random_affine(images: Tensor) -> Tensor:
 LOOK_AT = 160  # pixels of a picture's longer side, while looking for the ink
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")  # of pixels, not programs
 STROKE_EDGE = 1 / 3  # of the full ink: where a soft stroke is taken to end
+STROKE = 41  # pixels of the picture as we look at it: a stroke is thinner
 
 
 def read_digit(path: Path | str | BinaryIO) -> Tensor:
@@ -118,7 +120,7 @@ def read_digit(path: Path | str | BinaryIO) -> Tensor:
     C. Burges, "The MNIST database of handwritten digits" (1998).
 
     Returns (1, 28, 28) float32, from 0 (paper) to 1 (ink). Raises InputError, if the file can't be
-    read, or shows no digit.
+    read, or shows no digit, or several.
     """
     picture = open_picture(path)
     ink, box = find_ink(picture)
@@ -166,33 +168,22 @@ def open_picture(path: Path | str | BinaryIO) -> Image.Image:
 def find_ink(picture: Image.Image) -> tuple[np.ndarray, list[int]]:
     """The ink, cut out, (h, w) float32 from 0 (paper) to 1; and its box: left, top, right, bottom.
 
-    The box is in pixels of the picture. Raises InputError, if there is no ink.
+    The box is in pixels of the picture. Raises InputError, if there is no ink, or several digits.
     """
-    # Grey is the position along the direction in which the colours differ most: red ink on blue
-    # paper can be as bright as the paper. Where the picture is transparent there is paper: of the
-    # other pixels' colour if they are many, else they are ink and it is white, or black for light.
     scale = LOOK_AT / max(picture.size)
     size = [max(1, round(side * scale)) for side in picture.size]
     small = picture.resize(size, Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.BOX)
     small = small.filter(ImageFilter.MedianFilter(3)).filter(ImageFilter.BoxBlur(2))  # noise
-    colours = np.asarray(small, dtype=np.float64)
-    colours, alpha = colours[:, :, :3], colours[:, :, 3:] / 255
-    paper = 255.0 if (colours * alpha).mean() < 128 * alpha.mean() else 0.0
-    if alpha.mean() > 0.5:
-        paper = np.median(colours[alpha[:, :, 0] > 0.5], axis=0)
-    colours = colours * alpha + paper * (1 - alpha)
-    centred = (colours - colours.mean(axis=(0, 1))).reshape(-1, 3)
-    _, _, directions = np.linalg.svd(centred.T @ centred)
-    grey = (centred @ directions[0]).reshape(colours.shape[:2])
+    grey = ink_is_dark(np.asarray(small, dtype=np.float64))
 
-    contrast = grey - paper_surface(grey)
-    if (contrast**3).sum() < 0:  # ink is the smaller part, and far from paper
-        contrast = -contrast
-    noise = 1.48 * np.median(np.abs(contrast))  # standard deviation, if it is normal
-    if contrast.max() < max(10, 6 * noise):
-        raise InputError("there is no digit: the page is empty")
-    mask = largest_components(contrast > max(0.4 * contrast.max(), 3 * noise))
-    near_ink = F.max_pool2d(torch.from_numpy(mask)[None].float(), 7, stride=1, padding=3)[0].numpy()
+    # The paper under the ink is as bright as that beside it. A closing, the
+    # darkest of the brightest values nearby, fills strokes with it, and keeps what is wider: a
+    # shadow, or a table.
+    contrast = ndimage.grey_closing(grey, STROKE) - grey
+    noise = np.quantile(contrast, 0.25)  # so much is there where there is paper
+    contrast -= noise
+    mask = digit_mask(contrast, least=max(10, 2 * noise))
+    near_ink = ndimage.maximum_filter(mask, 7)
     ink = np.clip(contrast / np.median(contrast[mask]), 0, 1) * near_ink  # with its soft edge
     rows, columns = (np.nonzero(ink.max(axis=axis) > STROKE_EDGE)[0] for axis in (1, 0))
     left, top, right, bottom = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
@@ -200,30 +191,52 @@ def find_ink(picture: Image.Image) -> tuple[np.ndarray, list[int]]:
     return ink[top:bottom, left:right].astype(np.float32), box
 
 
-def paper_surface(grey: np.ndarray) -> np.ndarray:
-    """The brightness of unevenly lit paper (H, W): a quadratic surface through most pixels.
+def ink_is_dark(colours: np.ndarray) -> np.ndarray:
+    """Grey values (H, W) of a picture (H, W, 4), RGBA from 0 to 255, in which ink is dark."""
+    # Where the picture is transparent there is paper: of the other pixels' colour if they are many,
+    # else they are ink and it is white, or black for light.
+    colours, alpha = colours[:, :, :3], colours[:, :, 3:] / 255
+    paper = 255.0 if (colours * alpha).mean() < 128 * alpha.mean() else 0.0
+    if alpha.mean() > 0.5:
+        paper = np.median(colours[alpha[:, :, 0] > 0.5], axis=0)
+    # Light multiplies, in a shadow all by the same: of logarithms the differences stay as they are.
+    colours = 150 * np.log(0.4 + (colours * alpha + paper * (1 - alpha)) / 255)
+    # Grey is the position along the direction in which the colours of neighbours differ most: red
+    # ink on blue paper can be as bright as the paper.
+    local = (colours - ndimage.uniform_filter(colours, (61, 61, 0))).reshape(-1, 3)
+    _, _, directions = np.linalg.svd(local.T @ local)
+    grey = colours @ directions[0]
+    # Strokes are thinner than the paper between them: in a narrow window a closing fills dark ones,
+    # and an opening (the brightest of the darkest) light ones. The wide window is for thick pens.
+    darker = 0.0
+    for window in (9, 31):
+        dark = ndimage.grey_closing(grey, window) - grey
+        light = grey - ndimage.grey_opening(grey, window)
+        darker += ((dark**2).sum() - (light**2).sum()) / window**2
+    return grey if darker > 0 else -grey
 
-    Least trimmed squares: fit all pixels, then again and again those that the fit is closest to.
+
+def digit_mask(contrast: np.ndarray, least: float) -> np.ndarray:
+    """Where the digit is: a mask (H, W) of pixels whose contrast (H, W) with the paper is strong.
+
+    Raises InputError, if none has a contrast of `least`, or there are several digits.
     """
-    y, x = (axis.ravel() / LOOK_AT for axis in np.indices(grey.shape))
-    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=1)
-    some, values = terms[::8], grey.ravel()[::8]  # enough to know a surface by
-    distance = np.abs(values - np.median(values))
-    for _ in range(10):
-        close = distance <= np.quantile(distance, 0.6)
-        weights = np.linalg.lstsq(some[close], values[close], rcond=None)[0]
-        distance = np.abs(values - some @ weights)
-    return (terms @ weights).reshape(grey.shape)
-
-
-def largest_components(mask: np.ndarray) -> np.ndarray:
-    """Keep of a mask (H, W) what hangs together and is not tiny beside the largest such part."""
-    coarse = F.max_pool2d(torch.from_numpy(mask)[None].float(), 3, stride=1, padding=1)  # no gaps
-    labels = torch.arange(1.0, coarse.numel() + 1).view_as(coarse) * coarse
-    while True:  # each pixel takes the highest number of its neighbours, until none changes
-        spread = F.max_pool2d(labels, 3, stride=1, padding=1) * coarse
-        if torch.equal(spread, labels):
-            break
-        labels = spread
-    numbers, counts = labels[labels > 0].unique(return_counts=True)
-    return mask & torch.isin(labels, numbers[counts >= 0.05 * counts.max()])[0].numpy()
+    mask = contrast > least
+    if not mask.any():
+        raise InputError("there is no digit: the page is empty")
+    # Parts close together are one: widened they touch. Each ends at a quarter of its own contrast.
+    labels, count = ndimage.label(ndimage.maximum_filter(mask, 5), np.ones((3, 3)))
+    numbers = np.arange(count + 1)
+    mask &= contrast > ndimage.maximum(contrast, labels, numbers)[labels] / 4
+    labels *= mask
+    sizes = ndimage.sum_labels(contrast, labels, numbers)
+    sizes[0] = 0  # the paper
+    # What reaches the picture's border is a table, a finger, a shadow, unless all does.
+    outer = np.unique(np.concatenate([labels[[0, -1]].ravel(), labels[:, [0, -1]].ravel()]))
+    if np.delete(sizes, outer).max(initial=0) > 0.06 * sizes.max():
+        sizes[outer] = 0
+    labels *= sizes[labels] >= 0.05 * sizes.max()  # no specks
+    heights = sorted(box[0].stop - box[0].start for box in ndimage.find_objects(labels) if box)
+    if len(heights) > 1 and heights[-2] > 0.7 * heights[-1]:
+        raise InputError("there are two digits, or more: cut out one")
+    return labels > 0

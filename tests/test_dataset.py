@@ -185,6 +185,83 @@ def transparent(image, rng, ink=(0, 0, 0)):
     return picture
 
 
+def photo(image, rng, edges=0, light=None, finger=False, lines=0, at_border=False):
+    """A photo, 480×400, of a digit of any size, written with some pen on some sheet of paper.
+
+    `edges`: sides on which it ends, and a table begins. `light`: "gradient", "flash", or how many
+    pixels wide the edge of a shadow is, which may lie on the digit. `finger`: one that holds the
+    paper. `lines`: 1 for lined paper, 2 for squared. `at_border`: the digit touches the picture's.
+    """
+    y, x = np.mgrid[0:400.0, 0:480.0]
+    side = int(rng.integers(110, 240))  # of MNIST's 28×28 pixels, of which the digit has 20
+    pen = enlarged(image).filter(ImageFilter.MaxFilter(int(rng.choice([1, 3, 7]))))  # thinner
+    strength = 1 - np.asarray(pen.resize((side, side), Image.Resampling.BOX), dtype=float) / 255
+    strength = strength[np.ix_(*(strength.max(axis=axis) > 0.5 for axis in (1, 0)))]
+    height, width = strength.shape
+    top, left = rng.integers(50, 350 - height), rng.integers(50, 430 - width)
+    if at_border:
+        top, left = [(0, left), (400 - height, left), (top, 0), (top, 480 - width)][rng.integers(4)]
+    scene = (
+        np.ones((400, 480, 1)) * rng.uniform(205, 245) * np.array([1, 0.99, rng.uniform(0.9, 1)])
+    )
+    distance = rng.integers(22, 40)
+    for axis in (y, x)[:lines]:
+        scene[(axis - rng.integers(distance)) % distance < rng.integers(1, 3)] = [150, 180, 215]
+    ink = np.zeros((400, 480, 1))
+    ink[top : top + height, left : left + width, 0] = strength
+    colour = [(30, 30, 35), (35, 45, 140), (110, 110, 115), (170, 40, 40)][rng.integers(4)]
+    scene += ink * (np.array(colour) - scene)
+    # How far it is to the digit's box from each side; a table or finger takes a part of that.
+    room = np.array([left, top, 480 - left - width, 400 - top - height])
+    table = np.array([(60, 50, 45), (150, 105, 70), (110, 115, 120), (250, 250, 250)])[
+        rng.integers(3 if scene[0, 0, 0] > 225 else 4)
+    ]
+    for i in (rng.integers(4) + np.arange(edges)) % 4:  # two sides that have a corner in common
+        depth, along = [(x, y - 200), (y, x - 240), (479 - x, y - 200), (399 - y, x - 240)][i]
+        reach = rng.uniform(0.3, 0.7) * room[i]
+        slope = rng.uniform(-1, 1) * min(0.15, 0.25 * room[i] / 240)
+        beyond = (reach - depth + slope * along).clip(0, 1)[..., None]
+        scene += beyond * (table + 6 * np.sin(y / 9 + x / 40)[..., None] - scene)
+    if finger:  # a capsule that comes in from outside, and ends before the digit
+        i = room.argmax()
+        tip = rng.uniform(0.4, 0.8) * room[i]
+        depth, across = [(x, y), (y, x), (479 - x, y), (399 - y, x)][i]
+        radius = rng.uniform(25, 45)
+        off = np.hypot((depth - tip + radius).clip(0), across - rng.uniform(0, across.max()))
+        skin = np.array([(225, 175, 150), (190, 130, 100), (110, 75, 55)][rng.integers(3)])
+        scene += (radius - off).clip(0, 1)[..., None] * (
+            skin * (1 - 0.2 * off / radius)[..., None] - scene
+        )
+    angle = rng.uniform(0, 2 * np.pi)
+    if light == "flash":
+        spot = (x - rng.uniform(160, 320)) ** 2 + (y - rng.uniform(130, 270)) ** 2
+        scene *= (0.6 + 0.6 * np.exp(-spot / 2 / rng.uniform(60, 120) ** 2))[..., None]
+    else:  # from bright to dark, across a line near the digit's middle
+        across = np.cos(angle) * (x - left - width / 2) + np.sin(angle) * (y - top - height / 2)
+        across += rng.uniform(-70, 70)
+        steepness = (
+            {"gradient": 1 / 200, None: 0}.get(light) if not isinstance(light, float) else 4 / light
+        )
+        scene *= (
+            1
+            - rng.uniform(0.35, 0.6)
+            * (steepness > 0)
+            / (1 + np.exp(-(steepness * across).clip(-50, 50)))[..., None]
+        )
+    scene = scene.clip(0, 255) + rng.normal(0, rng.uniform(1, 6), scene.shape)
+    return Image.fromarray(scene.clip(0, 255).astype(np.uint8)).filter(
+        ImageFilter.GaussianBlur(0.8)
+    )
+
+
+def cropped(image, rng, pen):
+    """Cut out as tightly as can be: the ink reaches each side. `pen` makes it thinner if > 1."""
+    picture = enlarged(image).filter(
+        (ImageFilter.MaxFilter if pen > 0 else ImageFilter.MinFilter)(abs(pen))
+    )
+    return picture.crop(picture.point(lambda v: 255 * (v < 128)).getbbox())
+
+
 # Each makes of an MNIST image, and a random generator, a picture.
 KINDS = {
     "inverted": lambda image, rng: ImageOps.invert(Image.fromarray(image)),
@@ -210,6 +287,23 @@ KINDS = {
         np.asarray(enlarged(image), dtype=np.uint16) * 200 + 3_000
     ),
     "low-quality JPEG": lambda image, rng: enlarged(image),
+}
+
+# The same for photos as people take them, which are harder.
+PHOTOS = {
+    "photo": photo,
+    "lined paper": lambda image, rng: photo(image, rng, lines=1),
+    "squared paper": lambda image, rng: photo(image, rng, lines=2),
+    "light gradient": lambda image, rng: photo(image, rng, light="gradient"),
+    "soft shadow": lambda image, rng: photo(image, rng, light=rng.uniform(15, 80)),
+    "hard shadow": lambda image, rng: photo(image, rng, light=rng.uniform(1, 5)),
+    "flash": lambda image, rng: photo(image, rng, light="flash"),
+    "table on a side": lambda image, rng: photo(image, rng, edges=1),
+    "table on two sides": lambda image, rng: photo(image, rng, edges=2),
+    "finger": lambda image, rng: photo(image, rng, finger=True),
+    "touches the border": lambda image, rng: photo(image, rng, at_border=True),
+    "cropped, thick": lambda image, rng: cropped(image, rng, -5),
+    "cropped, thin": lambda image, rng: cropped(image, rng, 7),
 }
 
 
@@ -268,17 +362,42 @@ def test_specks_are_not_ink(sets, tmp_path):
     assert likeness(*digits) > 0.98
 
 
+def test_two_digits_are_not_guessed_at(sets, tmp_path):
+    four, nine = (enlarged(sets["test"].images[i, 0].numpy()) for i in (4, 9))
+    both = Image.new("L", (448, 224), 255)
+    both.paste(four, (0, 0))
+    both.paste(nine, (224, 0))
+    with pytest.raises(InputError, match="two digits"):
+        read_digit(save(both, "", tmp_path))
+
+
+def test_a_five_whose_bar_is_apart_is_one_digit(tmp_path):
+    picture = Image.new("L", (300, 300), 255)
+    draw = ImageDraw.Draw(picture)
+    draw.line((120, 70, 115, 140), fill=0, width=14)
+    draw.arc((90, 130, 190, 240), 230, 140, fill=0, width=14)
+    draw.line((145, 70, 200, 66), fill=0, width=14)  # 18 pixels from the rest
+    digit = read_digit(save(picture, "", tmp_path))[0]
+    assert digit[:9, 15:].max() > 0.5  # the bar is there
+
+
 @pytest.mark.slow
-def test_at_least_98_percent_of_each_kind_are_read_correctly(default_run, sets, tmp_path):
+@pytest.mark.parametrize("kinds, share", [(KINDS, 0.98), (PHOTOS, 0.95)], ids=["KINDS", "PHOTOS"])
+def test_each_kind_is_read_correctly(default_run, sets, tmp_path, kinds, share):
     model = build_model("cnn", classes=10)
     model.load_state_dict(load_checkpoint(default_run / "best.pt")["weights"])
     number, rng = int(os.environ.get("PICTURES_OF_A_KIND", 50)), np.random.default_rng(0)
     originals = sets["test"].images[:: 10_000 // number, 0].numpy()
     labels = sets["test"].labels[:: 10_000 // number]
     right = {}
-    for kind, make in KINDS.items():
-        digits = [read_digit(save(make(x, rng), kind, tmp_path)) for x in originals]
+    for kind, make in kinds.items():
+        digits = []
+        for original in originals:
+            try:
+                digits.append(read_digit(save(make(original, rng), kind, tmp_path)))
+            except InputError:  # a digit that is not found is not read
+                digits.append(torch.full((1, 28, 28), 0.5))
         logits, _ = predict(model, TensorDataset(torch.stack(digits), labels), torch.device("cpu"))
         right[kind] = (logits.argmax(dim=1) == labels).sum().item()
         print(f"| {kind} | {right[kind]} of {number} |")
-    assert min(right.values()) >= 0.98 * number, right
+    assert min(right.values()) >= share * number, right
