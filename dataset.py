@@ -176,9 +176,8 @@ def find_ink(picture: Image.Image) -> tuple[np.ndarray, list[int]]:
     small = small.filter(ImageFilter.MedianFilter(3)).filter(ImageFilter.BoxBlur(2))  # noise
     grey = ink_is_dark(np.asarray(small, dtype=np.float64))
 
-    # The paper under the ink is as bright as that beside it. A closing, the
-    # darkest of the brightest values nearby, fills strokes with it, and keeps what is wider: a
-    # shadow, or a table.
+    # The paper under the ink is as bright as that beside it. A closing, the darkest of the brightest
+    # values nearby, fills strokes with it, and keeps what is wider: a shadow, or a table.
     contrast = ndimage.grey_closing(grey, STROKE) - grey
     noise = np.quantile(contrast, 0.25)  # so much is there where there is paper
     contrast -= noise
