@@ -232,7 +232,7 @@ def digit_mask(contrast: np.ndarray, least: float) -> np.ndarray:
     sizes[0] = 0  # the paper
     # What reaches the picture's border is a table, a finger, a shadow, unless all does.
     outer = np.unique(np.concatenate([labels[[0, -1]].ravel(), labels[:, [0, -1]].ravel()]))
-    if np.delete(sizes, outer).max(initial=0) > 0.06 * sizes.max():
+    if np.delete(sizes, outer).max(initial=0) > 0.02 * sizes.max():
         sizes[outer] = 0
     labels *= sizes[labels] >= 0.05 * sizes.max()  # no specks
     heights = sorted(box[0].stop - box[0].start for box in ndimage.find_objects(labels) if box)
