@@ -176,8 +176,8 @@ def find_ink(picture: Image.Image) -> tuple[np.ndarray, list[int]]:
     small = small.filter(ImageFilter.MedianFilter(3)).filter(ImageFilter.BoxBlur(2))  # noise
     grey = ink_is_dark(np.asarray(small, dtype=np.float64))
 
-    # The paper under the ink is as bright as that beside it. A closing, the darkest of the brightest
-    # values nearby, fills strokes with it, and keeps what is wider: a shadow, or a table.
+    # The paper under the ink is as bright as that beside it. A closing, the darkest of the
+    # brightest values nearby, fills strokes with it, and keeps what is wider: a shadow, a table.
     contrast = ndimage.grey_closing(grey, STROKE) - grey
     noise = np.quantile(contrast, 0.25)  # so much is there where there is paper
     contrast -= noise
@@ -223,17 +223,19 @@ def digit_mask(contrast: np.ndarray, least: float) -> np.ndarray:
     mask = contrast > least
     if not mask.any():
         raise InputError("there is no digit: the page is empty")
-    # Parts close together are one: widened they touch. Each ends at a quarter of its own contrast.
-    labels, count = ndimage.label(ndimage.maximum_filter(mask, 5), np.ones((3, 3)))
-    numbers = np.arange(count + 1)
-    mask &= contrast > ndimage.maximum(contrast, labels, numbers)[labels] / 4
-    labels *= mask
-    sizes = ndimage.sum_labels(contrast, labels, numbers)
-    sizes[0] = 0  # the paper
-    # What reaches the picture's border is a table, a finger, a shadow, unless all does.
-    outer = np.unique(np.concatenate([labels[[0, -1]].ravel(), labels[:, [0, -1]].ravel()]))
-    if np.delete(sizes, outer).max(initial=0) > 0.02 * sizes.max():
-        sizes[outer] = 0
+    # What reaches the picture's border is a table, a finger, a shadow, unless nearly all does. Then
+    # parts close together are one: widened they touch. Each ends at a quarter of its own contrast.
+    for width in (1, 5):
+        labels, count = ndimage.label(ndimage.maximum_filter(mask, width), np.ones((3, 3)))
+        numbers = np.arange(count + 1)
+        mask &= contrast > ndimage.maximum(contrast, labels, numbers)[labels] / 4
+        labels *= mask
+        sizes = ndimage.sum_labels(contrast, labels, numbers)
+        sizes[0] = 0  # the paper
+        outer = np.unique(np.concatenate([labels[[0, -1]].ravel(), labels[:, [0, -1]].ravel()]))
+        if np.delete(sizes, outer).max(initial=0) > 0.02 * sizes.max():
+            sizes[outer] = 0
+        mask &= sizes[labels] > 0
     labels *= sizes[labels] >= 0.05 * sizes.max()  # no specks
     heights = sorted(box[0].stop - box[0].start for box in ndimage.find_objects(labels) if box)
     if len(heights) > 1 and heights[-2] > 0.7 * heights[-1]:
