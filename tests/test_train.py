@@ -608,7 +608,8 @@ def test_few_images(train, tmp_path, images):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
-@pytest.mark.parametrize("limit", [pytest.param(300_000, marks=pytest.mark.slow), 600_000])
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [300_000, 600_000])
 def test_a_full_disk_while_saving(start, train, stopped_run, tmp_path, limit):
     run_dir = stopped_run()
     before = contents(run_dir)
