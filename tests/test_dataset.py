@@ -362,6 +362,15 @@ def test_specks_are_not_ink(sets, tmp_path):
     assert likeness(*digits) > 0.98
 
 
+@pytest.mark.parametrize("kind", ["table on two sides", "finger", "hard shadow"])
+def test_what_reaches_the_border_is_not_ink(sets, tmp_path, kind):
+    rng, like = np.random.default_rng(0), []
+    for original in sets["test"].images[:6, 0].numpy():
+        digit = read_digit(save(PHOTOS[kind](original, rng), kind, tmp_path))
+        like.append(likeness(digit, original))
+    assert sorted(like)[1] > 0.6, like
+
+
 def test_two_digits_are_not_guessed_at(sets, tmp_path):
     four, nine = (enlarged(sets["test"].images[i, 0].numpy()) for i in (4, 9))
     both = Image.new("L", (448, 224), 255)
