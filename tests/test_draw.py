@@ -52,7 +52,11 @@ def start(checkpoint, *flags):
 
 
 def stop(process):
-    process.send_signal(signal.SIGINT)
+    if sys.platform == "win32":
+        process.terminate()  # there are no signals to send
+        process.communicate(timeout=20)
+        return
+    process.send_signal(signal.SIGINT)  # Ctrl-C
     out, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (0, ""), err
 
