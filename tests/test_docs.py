@@ -11,7 +11,8 @@ from conftest import ROOT
 from PIL import Image
 
 from dataset import MNISTDataset
-from model import build_model
+from docs import transfer
+from model import ResNet18, build_model
 from utils import save_checkpoint
 
 
@@ -50,6 +51,25 @@ def test_an_exported_program_computes_the_same_for_batches_of_any_size(folder, t
         with torch.inference_mode():
             expected, logits = names["model"](images), names["exported"](images)
         assert torch.allclose(logits, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", transfer.RATES)
+def test_the_ways_of_fine_tuning_do_what_they_are_called(way, monkeypatch, data_dir):
+    monkeypatch.setattr(transfer, "ROOT", data_dir.parent)
+    torch.manual_seed(0)
+    known = ResNet18(5, size=transfer.SIZE).backbone
+    few = transfer.five_digits("validation", 5, count=2)
+    assert len(few) == 10 and few.labels.unique().tolist() == [0, 1, 2, 3, 4]
+    learnt = transfer.learn(way, known, few, epochs=6).backbone
+    moved = (learnt.conv1.weight - known.conv1.weight).abs().max().item()
+    averages_moved = not torch.equal(learnt.bn1.running_mean, known.bn1.running_mean)
+    assert averages_moved == (way != "frozen backbone")
+    if way.startswith("frozen"):
+        assert moved == 0
+    elif way == "from random weights":
+        assert moved > 0.05
+    else:
+        assert 0 < moved < 0.05
 
 
 def test_links_lead_somewhere():

@@ -128,6 +128,7 @@ def test_what_is_no_drawing_is_refused_in_a_line(port):
     assert ask(port, "POST", "/read", b"", **headers)[0] == 413
 
 
+@pytest.mark.slow
 def test_a_busy_port_is_one_line(port, trained):
     command = [sys.executable, "-m", "examples.draw", f"--checkpoint={trained / 'best.pt'}"]
     result = subprocess.run(

@@ -120,6 +120,7 @@ def test_a_photo_stays_in_its_part_when_others_come(tmp_path):
     assert not training & held_out and len(training | held_out) == 60
 
 
+@pytest.mark.slow
 def test_training_again_gives_the_same_weights(tmp_path):
     write(tmp_path / "photos", 8)
     weights = []

@@ -266,7 +266,9 @@ def test_best_pt_is_of_the_epoch_with_the_best_validation_accuracy(train, monkey
     assert load_checkpoint(run_dir / "last.pt")["best"] == 1
 
 
-@pytest.mark.parametrize("model, size", [("cnn", 28), ("cnn", 32), ("resnet18", 32)])
+@pytest.mark.parametrize(
+    "model, size", [("cnn", 28), ("cnn", 32), pytest.param("resnet18", 32, marks=pytest.mark.slow)]
+)
 def test_26_classes_and_larger_images(train, tmp_path, model, size):
     rng = np.random.default_rng(0)
     write_mnist(tmp_path, rng.integers(0, 256, (240, size, size)), np.arange(240) % 26)

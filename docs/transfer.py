@@ -1,0 +1,80 @@
+"""What do pretrained weights bring, and which way of fine-tuning? See fine_tuning.md.
+
+A ResNet-18 learns the digits 0 to 4; then 5 to 9 are learnt from few images, with its help or not.
+
+    python -m docs.transfer               # on test images
+    python -m docs.transfer --validation  # on those that the learning rates were chosen by
+"""
+
+import sys
+from argparse import Namespace
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from dataset import MNISTDataset
+from evaluate import ROOT, predict
+from model import ResNet18
+from train import build_optimizer, train_epoch
+
+SIZE, BATCH_SIZE, SEEDS = 28, 25, 3  # pixels of a side; images a step
+EPOCHS = {10: 30, 50: 15, 500: 5}  # by images of a digit
+RATES = {  # peak learning rates: of 2 to 4 tried, the best on validation images
+    "from random weights": 0.002,
+    "all weights, one rate": 0.002,
+    "all weights, two rates": 0.01,  # of the head; the backbone's is a tenth
+    "frozen backbone": 0.03,
+    "frozen, batch norm not in eval": 0.03,
+}
+CPU = torch.device("cpu")
+
+
+def five_digits(split: str, first: int, count: int | None = None) -> MNISTDataset:
+    """The digits from `first` on, as classes 0 to 4; of each `count` images, or all."""
+    dataset = MNISTDataset(ROOT / "data", split)
+    order = torch.randperm(len(dataset))
+    digits = [order[dataset.labels[order] == digit][:count] for digit in range(first, first + 5)]
+    chosen = torch.cat(digits)
+    dataset.images, dataset.labels = dataset.images[chosen], dataset.labels[chosen] - first
+    return dataset
+
+
+def train(model: nn.Module, dataset: MNISTDataset, epochs: int, lr: float, two_rates=False) -> None:
+    loader = DataLoader(dataset, BATCH_SIZE, shuffle=True)
+    settings = Namespace(lr=lr, pretrained=two_rates)  # see parameter_groups in model.py
+    optimizer, scheduler = build_optimizer(model, settings, epochs * len(loader))
+    loss_function = nn.CrossEntropyLoss(reduction="none")
+    for _ in range(epochs):
+        train_epoch(model, loader, loss_function, optimizer, scheduler, CPU)
+
+
+def learn(way: str, backbone: nn.Module, dataset: MNISTDataset, epochs: int) -> nn.Module:
+    """A new model of five digits, in one of the ways; `backbone` has learnt five others."""
+    model = ResNet18(5, freeze_backbone=way.startswith("frozen"), size=SIZE)
+    if way != "from random weights":
+        model.backbone.load_state_dict(backbone.state_dict())
+    if way.endswith("not in eval"):
+        model.freeze_backbone = False  # for model.train(); its weights still want no gradient
+    train(model, dataset, epochs, RATES[way], two_rates=way.endswith("two rates"))
+    return model
+
+
+if __name__ == "__main__":
+    held_out = five_digits("validation" if "--validation" in sys.argv else "test", first=5)
+    rights = {way: dict.fromkeys(EPOCHS, 0.0) for way in RATES}
+    for seed in range(SEEDS):
+        torch.manual_seed(seed)
+        pretrained = ResNet18(5, size=SIZE)
+        train(pretrained, five_digits("train", first=0), epochs=1, lr=0.002)
+        for count, epochs in EPOCHS.items():
+            few = five_digits("train", 5, count)
+            for way, row in rights.items():
+                logits, labels = predict(
+                    learn(way, pretrained.backbone, few, epochs), held_out, CPU
+                )
+                right = (logits.argmax(dim=1) == labels).float().mean().item()
+                print(f"seed {seed}, {count} images, {way}: {right:.2%}", flush=True)
+                row[count] += right / SEEDS
+    for way, row in rights.items():
+        print(f"| {way} | " + " | ".join(f"{right:.1%}" for right in row.values()) + " |")
