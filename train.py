@@ -127,6 +127,8 @@ def main(args: argparse.Namespace) -> None:
             utils.save_checkpoint(run_dir / "best.pt", checkpoint)
         checkpoint |= {"optimizer": optimizer.state_dict()["state"], "losses": image_losses}
         checkpoint |= {"step": step, "best": best, "settings": utils.as_flags(args)}
+        train_log.flush()  # a run that is resumed from last.pt does not log this epoch again
+        validation_log.flush()
         utils.save_checkpoint(run_dir / "last.pt", checkpoint)
 
     if rank == 0:
