@@ -15,7 +15,7 @@ from torchvision import models
 from utils import InputError
 
 WEIGHTS = models.ResNet18_Weights.DEFAULT
-RESNET_SIZE = 56  # pixels; see docs/fine_tuning.md for what other sizes cost and bring
+RESNET_SIZE = 56  # pixels; see docs/fine-tuning.md for what other sizes cost and bring
 
 
 class CNN(nn.Module):
@@ -139,16 +139,3 @@ def build_model(name: str, classes: int, pretrained=False, freeze_backbone=False
     if name == "resnet18":
         return ResNet18(classes, pretrained, freeze_backbone)
     raise InputError(f"there is no model {name!r}: use 'cnn' or 'resnet18'")
-
-
-def parameter_groups(model: nn.Module, lr: float, pretrained: bool) -> list[dict]:
-    """What the optimizer trains, and how fast: parameter groups as torch.optim takes them.
-
-    A pretrained backbone is nearly right and takes small steps, so as not to forget what it knows
-    while the head is still random. That is usual; docs/fine_tuning.md could not show that it helps.
-    """
-    if not isinstance(model, ResNet18) or not pretrained:
-        return [{"params": [w for w in model.parameters() if w.requires_grad], "lr": lr}]
-    head = {"params": list(model.head.parameters()), "lr": lr}
-    backbone = {"params": list(model.backbone.parameters()), "lr": lr / 10}
-    return [head] if model.freeze_backbone else [backbone, head]

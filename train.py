@@ -28,7 +28,7 @@ from tqdm import tqdm
 import utils
 from dataset import MNISTDataset
 from evaluate import hardest_figure, log_epoch, log_results, predict
-from model import build_model, parameter_groups
+from model import build_model
 
 ROOT = Path(__file__).resolve().parent
 # What suits each model. Pretrained weights are nearly right: they want few and small steps.
@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> None:
     # Loss: label smoothing asks for 0.91 on the right class and 0.01 on the others, not 1 and 0,
     # so that logits stay small. Just that answer costs 0.50, its entropy: no loss gets below.
     loss_function = nn.CrossEntropyLoss(label_smoothing=0.1, reduction="none")  # of each image
-    optimizer, scheduler = build_optimizer(model, args, total_steps=sum(steps))
+    optimizer, scheduler = build_optimizer(model, args.lr, total_steps=sum(steps))
 
     # The run's folder and its log; with --resume also the states to go on from.
     done, best = 0, 0.0  # epochs, and the best validation accuracy in them
@@ -143,19 +143,18 @@ def main(args: argparse.Namespace) -> None:
         print(f"python evaluate.py --checkpoint {utils.short(run_dir / 'best.pt')}")
 
 
-def build_optimizer(model: nn.Module, args: argparse.Namespace, total_steps: int) -> tuple:
+def build_optimizer(model: nn.Module, lr: float, total_steps: int) -> tuple:
     """Who changes the weights, and by how much in each of the training's `total_steps`."""
     # Adam gives each weight a step size of its own, from the gradients of the last 50 steps or so
     # (0.98; by default it would be 1,000, our whole training). The W is for weight decay apart from
     # the gradient: each step pulls all weights a little towards 0.
-    groups = parameter_groups(model, args.lr, args.pretrained)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    weights = [w for w in model.parameters() if w.requires_grad]  # a frozen backbone's want none
+    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     # One-cycle schedule: the learning rate rises from low, while gradients are wild, to its peak,
     # to get far, and sinks to 0, to settle. Momentum, Adam's first beta or an SGD's, goes from 0.95
     # to 0.85 and back meanwhile, whatever you set; cycle_momentum=False would leave it alone.
-    rates = [group["lr"] for group in groups]
     total_steps = max(5, total_steps)  # in fewer there is no room for a cycle
-    return optimizer, OneCycleLR(optimizer, rates, total_steps=total_steps, pct_start=0.4)
+    return optimizer, OneCycleLR(optimizer, lr, total_steps=total_steps, pct_start=0.4)
 
 
 def train_epoch(model, batches, loss_function, optimizer, scheduler, device):
@@ -179,7 +178,7 @@ def train_epoch(model, batches, loss_function, optimizer, scheduler, device):
         loss.backward()  # walk the graph back: a gradient for each weight
         optimizer.step()  # move each weight against its gradient
 
-        rates.append(scheduler.get_last_lr()[-1])
+        rates.append(scheduler.get_last_lr()[0])
         scheduler.step()
         kept.append(losses.detach())
         correct.append(logits.argmax(dim=1) == labels)

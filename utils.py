@@ -149,9 +149,7 @@ def alike(saved, new):
     if same and isinstance(new, torch.Tensor):
         kinds = [(tensor.shape, tensor.dtype, tensor.layout) for tensor in (saved, new)]
         if saved.device.type == "cpu" and kinds[0] == kinds[1] and (saved.abs() < 1e18).all():
-            return torch.empty_like(new).copy_(
-                saved
-            )  # memory of its own, laid out like the model's
+            return torch.empty_like(new).copy_(saved)  # memory of its own, laid out like new's
     elif same and isinstance(new, dict):
         if saved.keys() == new.keys():
             return type(new)((key, alike(saved[key], new[key])) for key in new)
@@ -249,6 +247,7 @@ def run_script(parse_args, main) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # for names that it has no letters for
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
+    sys.unraisablehook = lambda failure: signals or sys.__unraisablehook__(failure)
     threading.excepthook = lambda failure: end(failure.exc_value)  # tensorboardX writes in a thread
     try:
         try:

@@ -1,16 +1,15 @@
-"""What do pretrained weights bring, and which way of fine-tuning? See fine_tuning.md.
+"""What do pretrained weights bring, and which way of fine-tuning? See fine-tuning.md.
 
 A ResNet-18 learns the digits 0 to 4; then 5 to 9 are learnt from few images, with its help or not.
 
-    python -m docs.transfer               # on test images
-    python -m docs.transfer --validation  # on those that the learning rates were chosen by
+    python -m docs.transfer   # on test images; --validation: those that chose the learning rates
 """
 
 import sys
-from argparse import Namespace
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 
 from dataset import MNISTDataset
@@ -23,7 +22,7 @@ EPOCHS = {10: 30, 50: 15, 500: 5}  # by images of a digit
 RATES = {  # peak learning rates: of 2 to 4 tried, the best on validation images
     "from random weights": 0.002,
     "all weights, one rate": 0.002,
-    "all weights, two rates": 0.01,  # of the head; the backbone's is a tenth
+    "all weights, two rates": 0.01,  # the head's; the backbone's is a tenth
     "frozen backbone": 0.03,
     "frozen, batch norm not in eval": 0.03,
 }
@@ -40,23 +39,25 @@ def five_digits(split: str, first: int, count: int | None = None) -> MNISTDatase
     return dataset
 
 
-def train(model: nn.Module, dataset: MNISTDataset, epochs: int, lr: float, two_rates=False) -> None:
+def learn(way: str, dataset: MNISTDataset, epochs: int, backbone=None) -> ResNet18:
+    """A new model of five digits, in one of the ways; `backbone` has learnt five others."""
+    model = ResNet18(5, freeze_backbone="frozen" in way, size=SIZE)
+    if way != "from random weights":
+        model.backbone.load_state_dict(backbone.state_dict())
+    if "not in eval" in way:
+        model.freeze_backbone = False  # for model.train(); its weights still want no gradient
+
     loader = DataLoader(dataset, BATCH_SIZE, shuffle=True)
-    settings = Namespace(lr=lr, pretrained=two_rates)  # see parameter_groups in model.py
-    optimizer, scheduler = build_optimizer(model, settings, epochs * len(loader))
+    lr, steps = RATES[way], epochs * len(loader)
+    optimizer, scheduler = build_optimizer(model, lr, steps)
+    if "two rates" in way:  # parameter groups, each with a learning rate of its own
+        parts = [(model.backbone, lr / 10), (model.head, lr)]
+        groups = [{"params": list(part.parameters()), "lr": rate} for part, rate in parts]
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+        scheduler = OneCycleLR(optimizer, [lr / 10, lr], total_steps=steps, pct_start=0.4)
     loss_function = nn.CrossEntropyLoss(reduction="none")
     for _ in range(epochs):
         train_epoch(model, loader, loss_function, optimizer, scheduler, CPU)
-
-
-def learn(way: str, backbone: nn.Module, dataset: MNISTDataset, epochs: int) -> nn.Module:
-    """A new model of five digits, in one of the ways; `backbone` has learnt five others."""
-    model = ResNet18(5, freeze_backbone=way.startswith("frozen"), size=SIZE)
-    if way != "from random weights":
-        model.backbone.load_state_dict(backbone.state_dict())
-    if way.endswith("not in eval"):
-        model.freeze_backbone = False  # for model.train(); its weights still want no gradient
-    train(model, dataset, epochs, RATES[way], two_rates=way.endswith("two rates"))
     return model
 
 
@@ -65,14 +66,12 @@ if __name__ == "__main__":
     rights = {way: dict.fromkeys(EPOCHS, 0.0) for way in RATES}
     for seed in range(SEEDS):
         torch.manual_seed(seed)
-        pretrained = ResNet18(5, size=SIZE)
-        train(pretrained, five_digits("train", first=0), epochs=1, lr=0.002)
+        known = learn("from random weights", five_digits("train", first=0), epochs=1).backbone
         for count, epochs in EPOCHS.items():
             few = five_digits("train", 5, count)
             for way, row in rights.items():
-                logits, labels = predict(
-                    learn(way, pretrained.backbone, few, epochs), held_out, CPU
-                )
+                model = learn(way, few, epochs, known)
+                logits, labels = predict(model, held_out, CPU)
                 right = (logits.argmax(dim=1) == labels).float().mean().item()
                 print(f"seed {seed}, {count} images, {way}: {right:.2%}", flush=True)
                 row[count] += right / SEEDS

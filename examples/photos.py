@@ -78,8 +78,7 @@ def train(args: argparse.Namespace) -> None:
     model.to(device, memory_format=torch.channels_last)
     loader = DataLoader(train_set, BATCH_SIZE, shuffle=True)
     loss_function = nn.CrossEntropyLoss(reduction="none")  # a loss for each photo
-    # If pretrained, the backbone's learning rate is a tenth of the head's: see parameter_groups.
-    optimizer, scheduler = build_optimizer(model, args, args.epochs * len(loader))
+    optimizer, scheduler = build_optimizer(model, args.lr, args.epochs * len(loader))
     for epoch in range(1, args.epochs + 1):
         losses, _, _ = train_epoch(model, loader, loss_function, optimizer, scheduler, device)
         logits, labels = predict(model, held_out, device)

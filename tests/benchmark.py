@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 from dataset import MNISTDataset  # noqa: E402
 from evaluate import predict  # noqa: E402
-from model import build_model, parameter_groups  # noqa: E402
+from model import build_model  # noqa: E402
 from train import parse_args, train_epoch  # noqa: E402
 from utils import setup_distributed  # noqa: E402
 
@@ -176,7 +176,7 @@ def default_run(seed: int, *flags: str) -> dict[str, float]:
 def training(name: str = "cnn", **resnet_options: bool) -> tuple:
     """What train.py trains, ready for train_epoch: model, loss function, optimizer, scheduler."""
     model = build_model(name, 10, **resnet_options).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.001, pretrained=True), fused=True)
+    optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], fused=True)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
     return model, nn.CrossEntropyLoss(label_smoothing=0.1, reduction="none"), optimizer, scheduler
 

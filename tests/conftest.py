@@ -36,6 +36,8 @@ def checkout(tmp_path_factory):
     for script in ROOT.glob("*.py"):
         shutil.copy(script, folder)
     shutil.copytree(ROOT / "examples", folder / "examples")
+    (folder / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "benchmark.py", folder / "tests")
     unpacked = shutil.ignore_patterns("*-ubyte")
     shutil.copytree(ROOT / "data", folder / "data", ignore=unpacked)
     return folder
@@ -118,6 +120,7 @@ def run_here(checkout, tmp_path, monkeypatch, capfd):
     """Like `run`, but in this process: no seconds go into starting Python and importing torch."""
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
 
     def run_script(name, *flags):
         monkeypatch.setattr(sys, "argv", [str(checkout / name), *map(str, flags)])

@@ -1,18 +1,23 @@
-"""The pages in docs/ keep their word, too."""
+"""What pages in docs/ promise: exported programs, ways of fine-tuning, errors and their texts."""
 
 import io
 import re
 import shutil
 from contextlib import redirect_stdout
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
 from PIL import Image
+from torch import nn
+from torch.utils.data import default_collate
 
 from dataset import MNISTDataset
 from docs import transfer
-from model import ResNet18, build_model
+from evaluate import newest_checkpoint
+from model import CNN, ResNet18, build_model
 from utils import save_checkpoint
 
 
@@ -60,7 +65,7 @@ def test_the_ways_of_fine_tuning_do_what_they_are_called(way, monkeypatch, data_
     known = ResNet18(5, size=transfer.SIZE).backbone
     few = transfer.five_digits("validation", 5, count=2)
     assert len(few) == 10 and few.labels.unique().tolist() == [0, 1, 2, 3, 4]
-    learnt = transfer.learn(way, known, few, epochs=6).backbone
+    learnt = transfer.learn(way, few, 6, known).backbone
     moved = (learnt.conv1.weight - known.conv1.weight).abs().max().item()
     averages_moved = not torch.equal(learnt.bn1.running_mean, known.bn1.running_mean)
     assert averages_moved == (way != "frozen backbone")
@@ -72,8 +77,58 @@ def test_the_ways_of_fine_tuning_do_what_they_are_called(way, monkeypatch, data_
         assert 0 < moved < 0.05
 
 
-def test_links_lead_somewhere():
-    for page in (ROOT / "docs").glob("*.md"):
-        for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
-            if not link.startswith(("https://", "#")):
-                assert (page.parent / link).exists(), (page.name, link)
+def twice():
+    loss = nn.Linear(1, 1)(torch.ones(1)).exp()
+    loss.backward()
+    loss.backward()
+
+
+def in_place():
+    probability = torch.ones(3, requires_grad=True).sigmoid()
+    probability += 1
+    probability.sum().backward()
+
+
+def whole_model():
+    torch.save(nn.Linear(1, 1), "model.pt")
+    torch.load("model.pt")
+
+
+ACCELERATOR = torch.accelerator.current_accelerator(check_available=True)
+ERRORS = {  # what the page says an error is about: a way to get it
+    "mat1 and mat2 shapes": lambda: nn.Sequential(nn.Flatten(), nn.Linear(512, 10))(IMAGES),
+    "Given groups=1": lambda: CNN(10).block1(IMAGES.expand(4, 3, 28, 28)),
+    "stack expects": lambda: default_collate([torch.zeros(1, 28, 28), torch.zeros(1, 32, 28)]),
+    "Target 10": lambda: F.cross_entropy(torch.zeros(1, 10), torch.tensor([10])),
+    "Expected more than 1 value": lambda: nn.BatchNorm1d(3)(torch.ones(1, 3)),
+    "expected scalar type": lambda: CNN(10).block1(IMAGES.byte()),
+    "mat1 and mat2 must": lambda: nn.Linear(28, 10)(IMAGES.byte()),
+    "Expected all tensors": lambda: nn.Linear(1, 1)(torch.ones(1, device=ACCELERATOR)),
+    "Can't call numpy()": lambda: nn.Linear(1, 1)(torch.ones(1)).numpy(),
+    "Trying to backward": twice,
+    "element 0": lambda: torch.ones(3).sum().backward(),
+    "one of the variables": in_place,
+    "grad can be": lambda: CNN(10)(IMAGES).backward(),
+    "Error(s) in loading": lambda: CNN(10).load_state_dict(CNN(26).state_dict()),
+    "Weights only": whole_model,
+    "No run in checkpoints": lambda: newest_checkpoint(Path("checkpoints")),
+}
+IMAGES = torch.ones(4, 1, 28, 28)
+QUESTIONS = re.findall(
+    r"^### `(.+)`$", (ROOT / "docs" / "troubleshooting.md").read_text("utf-8"), re.MULTILINE
+)
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_the_errors_that_are_explained_read_like_that(question, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (provoke,) = [way for start, way in ERRORS.items() if question.startswith(start)]
+    if question.startswith("Expected all tensors") and ACCELERATOR is None:
+        pytest.skip("needs a GPU")
+    with pytest.raises(Exception) as error:
+        provoke()
+    assert question in str(error.value)
+
+
+def test_each_way_to_err_is_explained():
+    assert len(QUESTIONS) == len(ERRORS)

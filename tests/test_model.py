@@ -11,8 +11,8 @@ from torchvision import models
 from torchvision.transforms import functional
 
 from dataset import MNISTDataset
-from model import CNN, build_model, parameter_groups
-from train import RECIPES, train_epoch
+from model import CNN, build_model
+from train import RECIPES, build_optimizer, train_epoch
 from utils import InputError
 
 WEIGHTS = models.ResNet18_Weights.DEFAULT
@@ -94,8 +94,7 @@ def test_a_frozen_backbone_builds_no_graph_and_stays_in_eval_mode():
 def test_a_step_changes_the_head_and_the_backbone_if_it_is_not_frozen(frozen):
     model = build_model("resnet18", classes=10, freeze_backbone=frozen)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-3, pretrained=True))
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
+    optimizer, scheduler = build_optimizer(model, lr=1e-3, total_steps=5)
     batch = torch.rand(8, 1, 28, 28), torch.arange(8)
     train_epoch(
         model, [batch], torch.nn.CrossEntropyLoss(reduction="none"), optimizer, scheduler, CPU

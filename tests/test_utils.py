@@ -194,7 +194,8 @@ def outcome(main, parse_args, *flags):
     return 0
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
 def test_a_spoilt_checkpoint_is_refused_or_works(
     stopped, small_data_dir, tmp_path, monkeypatch, seed, capsys
 ):
