@@ -84,8 +84,9 @@ def train(args: argparse.Namespace) -> None:
         logits, labels = predict(model, held_out, device)
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         print(f"epoch {epoch}: loss {losses.mean():.3f}, validation {accuracy:.1%}", flush=True)
-    checkpoint = {"model": "resnet18", "classes": len(names), "names": names, "epoch": args.epochs}
+    checkpoint = {"model": "photos", "classes": len(names), "names": names, "epoch": args.epochs}
     utils.save_checkpoint(Path(f"{args.folder}.pt"), checkpoint | {"weights": model.state_dict()})
+    print(f"Saved {args.folder}.pt")
 
 
 def classify(args: argparse.Namespace) -> None:
@@ -109,7 +110,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--pretrained", action=argparse.BooleanOptionalAction, default=True, help="ImageNet (yes)")
     flag("--epochs", type=int, default=15, metavar="N", help="how often to see all photos (15)")
     flag("--lr", type=float, default=0.001, metavar="X", help="peak learning rate (0.001)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.epochs < 1:
+        parser.error("--epochs: use 1 or more")
+    return args
 
 
 if __name__ == "__main__":

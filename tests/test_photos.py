@@ -77,7 +77,7 @@ def test_mean_colours_do_not_tell_these_photos_apart(tmp_path):
     """Else the next test would show little."""
     (means, labels), (new, truth) = (write(tmp_path / str(i), 200, i) for i in range(2))
     design, new = (np.c_[m, m**2, np.ones(len(m))] for m in (means / 255, new / 255))
-    weights = np.linalg.lstsq(design, np.eye(3)[labels])[0]
+    weights = np.linalg.lstsq(design, np.eye(3)[labels], rcond=None)[0]
     assert ((new @ weights).argmax(axis=1) == truth).mean() < 0.45
 
 
@@ -88,8 +88,19 @@ def test_it_learns_from_random_weights_and_leaves_out_what_is_no_photo(learnt):
     training, held_out = map(int, re.findall(r"^(\d+) photos .*, (\d+) held out", lines[2])[0])
     assert training + held_out == 270 and 30 < held_out < 80
     assert lines[2].endswith("checks, disc, stripes")
-    assert [line.split(":")[0] for line in lines[3:]] == [f"epoch {i}" for i in range(1, 7)]
-    assert float(re.search(r"validation ([\d.]+)%", lines[-1])[1]) > 60  # by chance 33
+    assert [line.split(":")[0] for line in lines[3:-1]] == [f"epoch {i}" for i in range(1, 7)]
+    assert float(re.search(r"validation ([\d.]+)%", lines[-2])[1]) > 60  # by chance 33
+    assert lines[-1] == f"Saved {folder}.pt"
+
+
+def test_other_programs_refuse_its_checkpoint(learnt, run_here):
+    """They would scale photos to another size, and give wrong answers."""
+    flags = [f"--checkpoint={learnt[0]}.pt", f"--data-dir={learnt[0]}"]
+    one_line(run_here("evaluate.py", *flags), 1, "no model 'photos'")
+
+
+def test_no_epochs_are_refused(run_here):
+    one_line(run_here("examples/photos.py", "photos", "--epochs=0"), 2, "--epochs: use 1 or more")
 
 
 def test_new_photos_are_called_by_their_names(learnt, tmp_path, capsys):

