@@ -182,6 +182,7 @@ def train_copy(copy, run_here, small_data_dir, tmp_path):
 
 ROW = re.compile(r"^ *(\d+)/\d+ +([\d,]+) +([\d.]+) +([\d.]+)% +([\d.]+) +([\d.]+)%", re.MULTILINE)
 FLAGS = {
+    "Anything else": ["--model=resnet18", "--no-pretrained"],
     "Another model": ["--model=mlp"],
     "Early stopping": ["--lr=0.005", "--epochs=40", "--no-dry-run"],
 }
@@ -196,6 +197,11 @@ def test_a_proposed_change_works(title, copy, train_copy, small_data_dir, tmp_pa
         folder = tmp_path / "data" / "FashionMNIST"
         shutil.copytree(small_data_dir / "MNIST", folder)
         small_data_dir = folder.parent
+    if title == "Anything else":
+        small_data_dir = tmp_path / "pictures"
+        for name in (f"{kind}/{i}.png" for kind in ("cat", "dog") for i in range(20)):
+            (small_data_dir / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.effect_noise((40, 30), 50).convert("RGB").save(small_data_dir / name)
     apply(CHANGES[title], copy)
     output = train_copy("--dry-run", *FLAGS.get(title, []), data_dir=small_data_dir)
     epochs = len(ROW.findall(output))
@@ -267,7 +273,10 @@ def test_exercise_another_optimizer(copy, train_copy, data_dir):
 def test_exercise_in_two_parts(copy, small_data_dir, tmp_path):
     apply(EXERCISES["3. In two parts"], copy)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += [copy / "train.py", "--dry-run", f"--data-dir={small_data_dir}"]
-    output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
-    sizes = re.findall(r"^\d+$", output, re.MULTILINE)  # of two processes, some on one line
-    assert sizes.count("64") >= 8 and "128" not in sizes
+    command += ["--redirects=1", f"--log-dir={tmp_path / 'logs'}"]  # a file for each process
+    command += [copy / "train.py", "--device=cpu", "--dry-run", f"--data-dir={small_data_dir}"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    outputs = [path.read_text() for path in (tmp_path / "logs").rglob("stdout.log")]
+    assert len(outputs) == 2
+    for output in outputs:  # 1,100 images: eight batches of 128, and the rest
+        assert re.findall(r"^\d+$", output, re.MULTILINE)[:8] == ["64"] * 8
