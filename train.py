@@ -75,9 +75,7 @@ def main(args: argparse.Namespace) -> None:
     # The run's folder and its log; with --resume also the states to go on from.
     done, best = 0, 0.0  # epochs, and the best validation accuracy in them
     if args.resume:
-        last = utils.load_checkpoint(args.resume / "last.pt")
-        done, best = last["epoch"], utils.alike(last.get("best"), best)
-        utils.load_states(last, model, optimizer, scheduler, image_losses, sum(steps[:done]))
+        done, best = utils.resume(args.resume, model, optimizer, scheduler, image_losses, steps)
     step = sum(steps[:done])
     if rank == 0:
         run_dir = args.run_dir = args.resume or utils.new_run_dir(args)

@@ -182,6 +182,17 @@ def load_states(saved, model, optimizer=None, scheduler=None, image_losses=None,
     model.load_state_dict(weights)
 
 
+def resume(run_dir: Path, model, optimizer, scheduler, image_losses, steps) -> tuple[int, float]:
+    """Put what a run's last.pt holds into its places; `steps` has the steps of each epoch.
+
+    Returns how many epochs are done, and the best validation accuracy in them.
+    """
+    last = load_checkpoint(run_dir / "last.pt")
+    best = alike(last.get("best"), 0.0)
+    load_states(last, model, optimizer, scheduler, image_losses, sum(steps[: last["epoch"]]))
+    return last["epoch"], best
+
+
 def as_flags(args: argparse.Namespace) -> list[str]:
     """Settings as a command line, for last.pt."""
     settings = {k.replace("_", "-"): v for k, v in vars(args).items() if k not in FOLDERS}

@@ -70,7 +70,7 @@ def figure_of(image: Tensor, filters: Tensor, outputs: dict[str, Tensor]):
         shape = " × ".join(map(str, channels.squeeze(1).shape))
         shown = f", {SHOWN} of them" if len(channels) > SHOWN else ""
         axis.set_title(f"{name}: {shape}{shown}", fontsize=10)
-    bars.bar(range(len(logits)), logits.numpy())
+    bars.bar(range(len(logits)), logits.numpy(), color="#0072b2")
     bars.set_xticks(range(len(logits)))
     bars.set_title(f"classifier: {len(logits)} logits", fontsize=10)
     return figure

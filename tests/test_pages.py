@@ -263,6 +263,24 @@ def test_exercise_pale_ink(copy, small_data_dir):
 
 
 @pytest.mark.slow
+def test_what_the_readme_says_to_type_at_a_breakpoint(copy, small_data_dir, tmp_path):
+    apply(
+        "@@ model.py @@\n+        breakpoint()\n         if images.shape[1:] != (1, 28, 28):\n",
+        copy,
+    )
+    (typed,) = [
+        block for _, block in blocks(ROOT / "README.md", "text") if "images.shape " in block
+    ]
+    first, step, mean, on, stop = [line.split("  ")[0] for line in typed.splitlines()]
+    typed = "\n".join([first, *[step] * 3, mean, on, stop])
+    flags = ["--device=cpu", "--dry-run", f"--data-dir={small_data_dir}", f"--out-dir={tmp_path}"]
+    command = [sys.executable, copy / "train.py", *flags]
+    result = subprocess.run(command, input=typed, capture_output=True, text=True)
+    assert "torch.Size([128, 1, 28, 28])" in result.stdout and "tensor(" in result.stdout
+    assert "BdbQuit" in result.stderr and "Error" not in result.stdout
+
+
+@pytest.mark.slow
 def test_exercise_another_optimizer(copy, train_copy, data_dir):
     apply(EXERCISES["3. Another optimizer"], copy)
     rows = ROW.findall(train_copy("--epochs=3", "--lr=0.1", data_dir=data_dir))
