@@ -48,6 +48,7 @@ def folder(tmp_path, monkeypatch, data_dir, trained):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(data_dir, target_is_directory=True)
     shutil.copy(trained / "best.pt", tmp_path)
+    (tmp_path / "checkpoints").symlink_to(trained.parent, target_is_directory=True)
     seven = MNISTDataset(data_dir, "test").images[0, 0].numpy()
     Image.fromarray(255 - seven).save("digit.png")
     return tmp_path
@@ -284,7 +285,7 @@ def test_what_the_readme_says_to_type_at_a_breakpoint(copy, small_data_dir, tmp_
 def test_exercise_another_optimizer(copy, train_copy, data_dir):
     apply(EXERCISES["3. Another optimizer"], copy)
     rows = ROW.findall(train_copy("--epochs=3", "--lr=0.1", data_dir=data_dir))
-    assert max(float(row[5]) for row in rows) > 99
+    assert max(float(row[5]) for row in rows) > 99.2
 
 
 @pytest.mark.slow
