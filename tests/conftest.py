@@ -91,7 +91,7 @@ def trained(small_data_dir, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def default_run(data_dir, tmp_path_factory):
-    """The folder of a whole `python train.py`; it takes about a minute."""
+    """The folder of a whole `python train.py`; it takes half a minute."""
     from train import main, parse_args
 
     args = parse_args([f"--out-dir={tmp_path_factory.mktemp('default')}", f"--data-dir={data_dir}"])
