@@ -1,219 +1,218 @@
-"""Train a classifier of handwritten digits. START HERE: read this file from the top.
+"""Teach a small network to read handwritten digits. This is the file to start with.
 
     python train.py          # all defaults: half a minute on two CPU cores
-    python train.py --help   # every setting
+    python train.py --help   # everything you can change
 
-The story is `main`: device, data, model, optimizer, log; then for each epoch train, validate,
-print, log, save. In `train_epoch` stand the five statements that make up all training in PyTorch.
+Read it from the top. `main` tells the whole story: get the data, build a model, choose a loss and
+an optimizer, and then loop, epoch after epoch (an *epoch* is one pass over the training images).
+`train_epoch`, right below it, is the heart of it all: a handful of lines that you'll meet again in
+nearly every PyTorch project.
 """
 
-import signal
-
-if __name__ == "__main__":  # the imports below take seconds; Ctrl-C ends them without a word
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import argparse
+import math
 import time
-from math import ceil
 from pathlib import Path
 
 import torch
 from tensorboardX import SummaryWriter
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import utils
 from dataset import MNISTDataset
-from evaluate import hardest_figure, log_epoch, log_results, predict
+from evaluate import predict
 from model import build_model
 
-ROOT = Path(__file__).resolve().parent
-# What suits each model. ResNet-18's learning rate is the best of those tried in docs/transfer.py.
+# Good settings for each model. We chose ResNet-18's learning rate with docs/transfer.py.
 RECIPES = {
     "cnn": {"epochs": 9, "hard_share": 0.25, "lr": 0.014},
     "resnet18": {"epochs": 2, "hard_share": 1.0, "lr": 0.002},
 }
-LIMITS = {"epochs": (1, 10_000), "hard_share": (0, 1), "lr": (1e-9, 1e9)}
-LIMITS |= {"batch_size": (1, 60_000), "seed": (0, 2**32 - 1), "workers": (0, 256)}
 
 
-def main(args: argparse.Namespace) -> None:
-    """Train a model, with the settings that parse_args returns."""
-    device, rank, world_size = utils.setup_distributed(args.device)  # 0 and 1 without torchrun
+def main(args: argparse.Namespace) -> Path:
+    """Train a model with the settings from `parse_args`. Returns the run's folder."""
+    # Use a GPU if there is one, and seed everything random, so that a run can be repeated.
+    device = utils.choose_device(args.device)
+    utils.seed_everything(args.seed)
 
-    # Data: of several processes each has its share of the images, and of a batch.
-    with utils.main_process_first():  # it downloads and unpacks what the others then find
-        train_set = MNISTDataset(args.data_dir, "train")
-        validation_set = MNISTDataset(args.data_dir, "validation")
+    # Data: images to learn from, and others, held back, to check that the model isn't memorising.
+    train_set = MNISTDataset(args.data_dir, "train")
+    validation_set = MNISTDataset(args.data_dir, "validation")
+    # Pinned memory lets copies to a GPU happen in the background, while it computes.
+    loading = {"num_workers": args.workers, "pin_memory": device.type == "cuda"}
+
+    # Model: a function with many adjustable numbers, its weights, which start random or pretrained.
+    pretrained = args.pretrained and not args.resume  # a resumed run brings its own weights
+    model = build_model(args.model, train_set.classes, pretrained, args.freeze_backbone).to(device)
+    if device.type != "mps":  # on Apple's GPUs this gave wrong gradients (PyTorch issue 175189)
+        model.to(memory_format=torch.channels_last)  # the layout in which convolutions run faster
+    predict(model, Subset(validation_set, [0]), device)  # try one image: better to fail now
+
+    # Loss: how wrong is the model? Label smoothing (be 91% sure, not 100%) curbs overconfidence.
+    loss_function = nn.CrossEntropyLoss(label_smoothing=0.1, reduction="none")  # one loss per image
+
+    # Hard example mining: the first epoch shows every image, and later epochs show only the ones
+    # that the model found hardest. Why practise what you already know?
+    image_losses = torch.zeros(len(train_set))  # each image's loss when the model last saw it
     used = min(len(train_set), 10 * args.batch_size) if args.dry_run else len(train_set)
-    mine = torch.arange(rank, used - used % world_size, world_size)
-    batch_size = ceil(args.batch_size / world_size)
+    epoch_sizes = [used] + (args.epochs - 1) * [max(1, round(args.hard_share * used))]
 
-    # Practise what is still hard: the first epoch is of all images, and most are learnt in it.
-    # Later ones are of those with the highest losses.
-    counts = [len(mine)] + (args.epochs - 1) * [max(1, round(args.hard_share * len(mine)))]
-    steps = [ceil(count / batch_size) for count in counts]  # of each epoch
-    image_losses = torch.zeros(len(train_set))  # when each was last seen
+    # Optimizer: moves the weights. Scheduler: sets the learning rate, which is how far they move.
+    steps = sum(math.ceil(size / args.batch_size) for size in epoch_sizes)
+    optimizer, scheduler = build_optimizer(model, args.lr, steps)
 
-    # Model: its weights start at random, or as ImageNet has taught them.
-    torch.manual_seed(args.seed)
-    with utils.main_process_first():
-        pretrained = args.pretrained and not args.resume  # a checkpoint brings its own weights
-        model = build_model(args.model, train_set.classes, pretrained, args.freeze_backbone)
-    model.to(device, memory_format=torch.channels_last)  # how convolutions like images to lie
-    network = DistributedDataParallel(model) if world_size > 1 else model  # averages gradients
-    network = torch.compile(network) if args.compile else network
-
-    # Loss: label smoothing asks for 0.91 on the right class and 0.01 on the others, not 1 and 0,
-    # so that logits stay small. Just that answer costs 0.50, its entropy: no loss gets below.
-    loss_function = nn.CrossEntropyLoss(label_smoothing=0.1, reduction="none")  # of each image
-    optimizer, scheduler = build_optimizer(model, args.lr, total_steps=sum(steps))
-
-    # The run's folder and its log; with --resume also the states to go on from.
-    done, best = 0, 0.0  # epochs, and the best validation accuracy in them
+    # Each run has its own folder. To resume a run, put everything that it saved back in place.
+    first_epoch, step, best_accuracy = 1, 0, 0.0
     if args.resume:
-        done, best = utils.resume(args.resume, model, optimizer, scheduler, image_losses, steps)
-    step = sum(steps[:done])
-    if rank == 0:
-        run_dir = args.run_dir = args.resume or utils.new_run_dir(args)
-        options = {"purge_step": step + 1 if done else None, "filename_suffix": f".{done}"}
-        options["flush_secs"] = 1
-        train_log = SummaryWriter(str(run_dir / "training"), **options)
-        validation_log = SummaryWriter(str(run_dir / "validation"), **options)
-        print(f"{args.model} on {device}; in {utils.short(run_dir)}\n")
-        print("epoch   images: training loss, accuracy   validation loss, accuracy   images/s")
+        checkpoint = utils.load_checkpoint(args.resume)
+        with utils.must_fit(checkpoint, model, image_losses):
+            model.load_state_dict(checkpoint["weights"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            scheduler.load_state_dict(checkpoint["scheduler"])
+        image_losses, step = checkpoint["image_losses"], checkpoint["step"]
+        first_epoch, best_accuracy = checkpoint["epoch"] + 1, checkpoint["best_accuracy"]
+    if args.compile:
+        model.compile()
+    options = {"purge_step": step + 1, "flush_secs": 1}  # drop entries newer than the checkpoint
+    run_dir = utils.open_run_dir(args, device)
+    train_log = SummaryWriter(str(run_dir / "training"), **options)
+    validation_log = SummaryWriter(str(run_dir / "validation"), **options)
+    print("epoch   images  train loss  accuracy  validation loss  accuracy  images/s")
 
-    for epoch in range(done + 1, args.epochs + 1):
-        # A number for each seed, epoch, process: order, augmentation, dropout follow from it.
-        torch.manual_seed((args.seed * 10_000 + epoch) * 1_000 + rank)
-        hardest = mine[image_losses[mine].topk(counts[epoch - 1]).indices]
+    for epoch in range(first_epoch, args.epochs + 1):
+        # Train on the hardest images, in random order.
+        utils.seed_everything(args.seed, epoch)
+        hardest = image_losses.topk(epoch_sizes[epoch - 1]).indices
         order = hardest[torch.randperm(len(hardest))].tolist()
-        loader = DataLoader(train_set, batch_size, sampler=order, num_workers=args.workers)
-        batches = tqdm(loader, f"epoch {epoch}", leave=False, disable=rank > 0 or None)
+        loader = DataLoader(train_set, args.batch_size, sampler=order, **loading)
+        batches = tqdm(loader, f"epoch {epoch}", leave=False, disable=None)
         start = time.perf_counter()
-        losses, rates, train_accuracy = train_epoch(
-            network, batches, loss_function, optimizer, scheduler, device
+        losses, train_accuracy = train_epoch(
+            model, batches, loss_function, optimizer, scheduler, device, train_log, step
         )
-        speed = world_size * len(order) / (time.perf_counter() - start)
+        speed = len(order) / (time.perf_counter() - start)
         image_losses[order] = losses
-        utils.all_gather(image_losses, mine, device)
-        if rank > 0:
-            continue  # rank 0 alone validates, prints, logs, saves; others wait at their next step
+        step += len(loader)
 
+        # Validate: how well does the model do on images that it doesn't learn from?
         logits, labels = predict(model, validation_set, device)
-        loss = loss_function(logits, labels).mean().item()
+        train_loss, loss = losses.mean().item(), loss_function(logits, labels).mean().item()
         accuracy = (logits.argmax(dim=1) == labels).float().mean().item()
-        row = f"{epoch:2}/{args.epochs:<2}{world_size * len(order):10,}"
-        row += f" {losses.mean():14.4f} {train_accuracy:8.2%} {loss:17.4f} {accuracy:9.2%}"
-        print(f"{row} {speed:10,.0f}", flush=True)
+        row = f"{epoch:2}/{args.epochs:<2} {len(order):8,} {train_loss:11.4f} {train_accuracy:9.2%}"
+        print(f"{row} {loss:16.4f} {accuracy:9.2%} {speed:9,.0f}", flush=True)
+        validation_log.add_scalar("epoch/loss", loss, step)
+        validation_log.add_scalar("epoch/accuracy", accuracy, step)
 
-        step += len(rates)
-        train_log.add_scalar("charts/accuracy", train_accuracy, step)
-        validation_log.add_scalar("charts/loss", loss, step)
-        validation_log.add_scalar("charts/accuracy", accuracy, step)
-        # Curves by step, some images, all weights and gradients
-        log_epoch(train_log, step, losses.split(batch_size), rates, train_set, order[:40], model)
-
-        # best.pt holds what evaluate.py needs, last.pt also what training needs to go on.
+        # Save: evaluate.py needs best.pt, and --resume needs last.pt.
         checkpoint = {"model": args.model, "classes": train_set.classes, "epoch": epoch}
         checkpoint |= {"accuracy": accuracy, "weights": model.state_dict()}
-        if accuracy >= best:
-            best = accuracy
+        if accuracy >= best_accuracy:
+            best_accuracy = accuracy
             utils.save_checkpoint(run_dir / "best.pt", checkpoint)
-        checkpoint |= {"optimizer": optimizer.state_dict()["state"], "losses": image_losses}
-        checkpoint |= {"step": step, "best": best, "settings": utils.as_flags(args)}
-        train_log.flush()  # a run that is resumed from last.pt does not log this epoch again
-        validation_log.flush()
+        checkpoint |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+        checkpoint |= {"step": step, "image_losses": image_losses, "best_accuracy": best_accuracy}
+        checkpoint |= {"settings": utils.plain_settings(args)}
         utils.save_checkpoint(run_dir / "last.pt", checkpoint)
+        utils.log_images_and_weights(train_log, train_set, order[:40], model, step)
 
-    if rank == 0:
-        train_log.add_figure("images/hardest", hardest_figure(train_set, image_losses), step)
-        log_results(validation_log, step, validation_set, logits, labels)
-        settings = {k: v for k, v in vars(args).items() if k not in utils.FOLDERS}
-        train_log.add_hparams(settings, {"final/best_accuracy": best}, name="..")
-        train_log.close()
-        validation_log.close()
-        print(f"\nBest validation accuracy: {best:.2%}. To see it all, and to test it:")
-        print(f"tensorboard --logdir {utils.short(run_dir.parent)}")
-        print(f"python evaluate.py --checkpoint {utils.short(run_dir / 'best.pt')}")
+    # Draw some pictures for TensorBoard, and say what to do next.
+    train_log.add_figure("hardest", utils.draw_hardest(train_set, image_losses), step)
+    validation_log.add_figure("confusion", utils.draw_confusion(logits, labels), step)
+    validation_log.add_figure("mistakes", utils.draw_mistakes(validation_set, logits, labels), step)
+    train_log.close()
+    validation_log.close()
+    utils.print_next_steps(run_dir, args.data_dir, best_accuracy)
+    return run_dir
 
 
-def build_optimizer(model: nn.Module, lr: float, total_steps: int) -> tuple:
-    """Who changes the weights, and by how much in each of the training's `total_steps`."""
-    # Adam gives each weight a step size of its own, from the gradients of the last 50 steps or so
-    # (0.98; by default it would be 1,000, our whole training). The W is for weight decay apart from
-    # the gradient: each step pulls all weights a little towards 0.
-    weights = [w for w in model.parameters() if w.requires_grad]  # a frozen backbone's want none
+def train_epoch(model, batches, loss_function, optimizer, scheduler, device, log=None, step=0):
+    """Show the model every batch once, and move its weights a little after each.
+
+    `loss_function` returns one loss per image. Every tenth step, the mean loss and the learning
+    rate go into `log`; `step` is the number of steps taken in earlier epochs.
+
+    Returns the losses, (N,) float32 on the CPU in the order of the batches, and the accuracy: the
+    share of images classified correctly while the weights were still changing.
+    """
+    model.train()  # batch norm uses this batch's statistics (and dropout, if any, is on)
+    # Mixed precision: do most of the maths in 16 bits (bfloat16), not 32, if a GPU is fast at it.
+    bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    all_losses, all_correct = [], []
+    for images, labels in batches:
+        step += 1
+        images = images.to(device, non_blocking=True)
+        labels = labels.to(device, non_blocking=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            logits = model(images)  # forward pass; autograd takes notes for backward()
+            losses = loss_function(logits, labels)  # one loss per image
+            loss = losses.mean()  # the number that training makes smaller
+        optimizer.zero_grad()  # clear the last step's gradients, or backward() would add to them
+        loss.backward()  # backpropagation: which way should each weight move?
+        optimizer.step()  # gradient descent: move each weight a little that way
+        if log and step % 10 == 0:
+            log.add_scalar("step/loss", loss.item(), step)  # item() waits for the GPU: do it rarely
+            log.add_scalar("step/learning_rate", optimizer.param_groups[0]["lr"], step)
+        scheduler.step()
+        all_losses.append(losses.detach())  # keep the numbers, drop autograd's notes
+        all_correct.append(logits.argmax(dim=1) == labels)
+    losses, accuracy = torch.cat(all_losses).cpu(), torch.cat(all_correct).float().mean().item()
+    if log:
+        log.add_scalar("epoch/loss", losses.mean().item(), step)
+        log.add_scalar("epoch/accuracy", accuracy, step)
+    return losses, accuracy
+
+
+def build_optimizer(model: nn.Module, lr: float, total_steps: int):
+    """Create the optimizer and its learning-rate schedule. `lr` is the schedule's peak."""
+    # Adam divides each weight's step by the typical size of its recent gradients. Recent means the
+    # last 50 steps or so here (beta2 = 0.98); the usual 1,000 would be most of our training. The W
+    # is for weight decay, a steady pull of all weights towards 0.
+    weights = [w for w in model.parameters() if w.requires_grad]  # leaves out a frozen backbone
     optimizer = torch.optim.AdamW(weights, lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    # One-cycle schedule: the learning rate rises from low, while gradients are wild, to its peak,
-    # to get far, and sinks to 0, to settle. Momentum, Adam's first beta or an SGD's, goes from 0.95
-    # to 0.85 and back meanwhile, whatever you set; cycle_momentum=False would leave it alone.
-    total_steps = max(5, total_steps)  # in fewer there is no room for a cycle
+    # One cycle: start slowly while gradients are wild, go fast to get far, and slow down to
+    # almost 0 to settle. Momentum (Adam's beta1) does the opposite, between 0.95 and 0.85.
+    total_steps = max(5, total_steps)  # OneCycleLR needs a few steps to go up and down
     return optimizer, OneCycleLR(optimizer, lr, total_steps=total_steps, pct_start=0.4)
 
 
-def train_epoch(model, batches, loss_function, optimizer, scheduler, device):
-    """Show a model each batch of images and labels once, and correct its weights after each.
-
-    `loss_function` gives the loss of each image. Returns those, (N,) float32 on the CPU, in the
-    order of the batches; the learning rate of each step, a list; and the share of images that were
-    classified correctly, while the weights were still changing.
-    """
-    model.train()  # batch norm takes this batch's mean and variance, and dropout is on
-    # Mixed precision: where it does no harm, 16 bits a number; bfloat16 has float32's range.
-    bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    kept, rates, correct = [], [], []  # tensors stay on the device: reading one means waiting
-    for images, labels in batches:
-        images, labels = images.to(device), labels.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            logits = model(images)  # forward: records the graph
-            losses = loss_function(logits, labels)  # how wrong, image by image
-            loss = losses.mean()  # and in one number
-        optimizer.zero_grad()  # forget the last step's gradients: backward() adds to them
-        loss.backward()  # walk the graph back: a gradient for each weight
-        optimizer.step()  # move each weight against its gradient
-
-        rates.append(scheduler.get_last_lr()[0])
-        scheduler.step()
-        kept.append(losses.detach())
-        correct.append(logits.argmax(dim=1) == labels)
-    return torch.cat(kept).cpu(), rates, torch.cat(correct).float().mean().item()
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The settings, from a list of flags, by default the command line's."""
-    parser = argparse.ArgumentParser(description="Train a classifier of handwritten digits.")
-    flag, switch = parser.add_argument, argparse.BooleanOptionalAction
-    flag("--model", choices=RECIPES, default="cnn", help="network to train (cnn)")
-    flag("--pretrained", action=switch, default=True, help="resnet18 starts from ImageNet (yes)")
-    flag("--freeze-backbone", action=switch, default=False, help="train resnet18's head alone (no)")
-    flag("--epochs", type=int, metavar="N", help="the first is of all images (9, resnet18: 2)")
-    flag("--hard-share", type=float, metavar="X", help="of images in later epochs (0.25, 1)")
-    flag("--lr", type=float, metavar="X", help="peak learning rate (0.014, resnet18: 0.002)")
-    flag("--batch-size", type=int, default=128, metavar="N", help="images a step (128)")
-    flag("--seed", type=int, default=0, metavar="N", help="decides all that is random (0)")
-    flag("--device", choices=utils.DEVICES, default="auto", help="where to compute (the fastest)")
-    flag("--workers", type=int, default=0, metavar="N", help="more processes to load data (0)")
-    flag("--compile", action=switch, default=False, help="torch.compile; for long runs, GPUs (no)")
-    flag("--dry-run", action=switch, default=False, help="ten steps, to see if all works (no)")
-    flag("--data-dir", type=Path, default=ROOT / "data", help="folder of the MNIST files (data)")
-    flag("--out-dir", type=Path, default=ROOT / "checkpoints", help="folder of runs (checkpoints)")
-    flag("--resume", nargs="?", const="newest", metavar="RUN", help="go on with a stopped run")
-    args = utils.parse_and_resume(parser, argv)
-    for name, value in RECIPES[args.model].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    """Read the settings from the command line, or from a list of flags."""
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description="Train a digit classifier.", formatter_class=form)
+    add, switch, number = parser.add_argument, argparse.BooleanOptionalAction, utils.number
+    add("--model", choices=RECIPES, default="cnn", help="network to train; sets other defaults too")
+    add("--pretrained", action=switch, default=True, help="start resnet18 from ImageNet weights")
+    add("--freeze-backbone", action=switch, default=False, help="train only resnet18's last layer")
+    add("--epochs", type=number(int, 1), metavar="N", help="number of epochs")
+    add("--hard-share", type=number(float, 0, 1), metavar="X", help="later epochs' share of images")
+    add("--lr", type=number(float, 1e-12), metavar="X", help="peak learning rate")
+    add("--batch-size", type=number(int, 1), default=128, metavar="N", help="images per step")
+    add("--seed", type=number(int, 0, 10**12), default=0, metavar="N", help="random seed")
+    add("--device", choices=utils.DEVICES, default="auto", help="where to compute")
+    add("--workers", type=number(int, 0), default=0, metavar="N", help="processes that load data")
+    add("--compile", action=switch, default=False, help="use torch.compile; pays off in long runs")
+    add("--dry-run", action=switch, default=False, help="try ten steps, to see if everything works")
+    add("--data-dir", type=Path, default=utils.ROOT / "data", help="folder with the MNIST files")
+    add("--out-dir", type=Path, default=utils.ROOT / "checkpoints", help="folder for runs")
+    add("--resume", nargs="?", const="newest", metavar="RUN", help="resume RUN or the newest run")
+
+    # Later settings win: first the model's recipe, then the resumed run's, then the command line.
+    parser.set_defaults(**RECIPES["cnn"])
+    args = parser.parse_args(argv)
+    checkpoint, settings = utils.find_run(args.resume, args.out_dir)
+    parser.set_defaults(**RECIPES[args.model] | settings)
+    args = parser.parse_args(argv)
+    args.resume = checkpoint
+    utils.check_unchanged(args, settings)
     args.epochs = 1 if args.dry_run else args.epochs
-    for name, (low, high) in LIMITS.items():
-        if not low <= getattr(args, name) <= high:
-            parser.error(f"--{name.replace('_', '-')}: use a number from {low} to {high:,}")
     if args.freeze_backbone and args.model != "resnet18":
-        parser.error("--freeze-backbone needs a model that has one: --model resnet18")
+        parser.error("--freeze-backbone needs a model that has a backbone: --model resnet18")
     return args
 
 
 if __name__ == "__main__":
-    utils.run_script(parse_args, main)
+    utils.run(parse_args, main)

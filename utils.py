@@ -1,282 +1,341 @@
-"""What would interrupt the story in train.py: device and processes, checkpoints, a clean end."""
+"""The plumbing: device, settings, run folders, checkpoints, pictures, and how a script ends.
+
+None of it is deep learning, and all of it would get in the way of the story in train.py.
+"""
 
 import argparse
-import atexit
-import io
+import math
 import os
-import pickle
-import secrets
-import signal
+import random
+import re
 import sys
+import textwrap
 import threading
 import time
-import zipfile
-from contextlib import contextmanager, suppress
-from math import isfinite
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.distributed as dist
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
+ROOT = Path(__file__).resolve().parent
 DEVICES = ("auto", "cpu", "cuda", "mps")
-FORMAT = 3  # of checkpoints: count up when old programs could not read new ones
-FOLDERS = {"data_dir", "out_dir", "resume", "run_dir"}  # not in a checkpoint: a run may be moved
-MAY_CHANGE = {"device", "workers", "compile"}  # when a run is resumed
-MISFIT = """The checkpoint does not fit: the model, optimizer, scheduler, data or number of
-processes was changed. Undo that, or train anew"""  # in the one line that run_script makes of it
+FORMAT = 4  # version of our checkpoints; goes up when older code couldn't read newer files
 
 
-class InputError(ValueError):
-    """Something that the user can mend; its text says in one line what is wrong and what to do."""
+class UserError(Exception):
+    """Something the user can fix. Its text says in one line what is wrong and what to do."""
 
 
-def setup_distributed(name: str) -> tuple[torch.device, int, int]:
-    """Choose a device ("auto": the fastest), and meet the processes that torchrun has started.
+def run(parse_args: Callable, main: Callable) -> None:
+    """Run `main(parse_args())`. A UserError ends the script with one line, Ctrl-C with "Stopped.".
 
-    Returns the device, this process's rank (0 in the first), and the number of processes.
+    Everything else is a bug, and a bug keeps its whole traceback.
     """
-    together = dist.is_torchelastic_launched()  # that is, by torchrun
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if found is None or (together and found.type != "cuda"):
-        found = torch.device("cpu")
-    device = found if name == "auto" else torch.device(name)
-    if device.type not in ("cpu", found.type):
-        raise InputError(f"--device {name}: there is none here; use auto, or {found.type}")
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # one for each process
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # try which convolution is fastest: shapes stay
+    show_traceback = threading.excepthook
+
+    def thread_failed(failure):
+        show_traceback(failure)
+        # tensorboardX writes its log in a thread. If that thread dies (on a full disk, say), the
+        # next add_scalar would wait for it forever, so we end the program.
+        if type(failure.thread).__module__.startswith("tensorboardX"):
+            os._exit(1)
+
+    threading.excepthook = thread_failed
+    try:
+        main(parse_args())
+    except UserError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        threading.excepthook = show_traceback
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device to compute on. "auto" takes a GPU if there is one, and the CPU if there isn't."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started this process
+        raise UserError("This script runs in one process; try torchrun -m examples.distributed")
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    device = torch.device(name) if name != "auto" else gpu or torch.device("cpu")
+    if device.type not in ("cpu", gpu and gpu.type):
+        usable = f"auto, cpu or {gpu.type}" if gpu else "auto or cpu"
+        raise UserError(f"--device {name} is not available on this machine; use --device {usable}")
     if device.type == "cpu":
-        # Linux's C library keeps freed memory for the next step only in blocks no larger than one
-        # that was freed before; else each step has to ask for it anew. See "man 3 mallopt".
+        # Linux's C library hands a large block of memory back to the system when it's freed, unless
+        # one as large was freed before. So we allocate and free one, and training can reuse memory.
         torch.empty(31 * 2**20, dtype=torch.uint8)
-    if not together:
-        return device, 0, 1
-    dist.init_process_group(device_id=device if device.type == "cuda" else None)  # nccl, or gloo
-    atexit.register(dist.destroy_process_group)
-    return device, dist.get_rank(), dist.get_world_size()
+    return device
 
 
-@contextmanager
-def main_process_first():
-    """Let the first process on each machine do something, and only then all others."""
-    waits = dist.is_initialized() and int(os.environ["LOCAL_RANK"]) > 0
-    if waits:
-        dist.barrier()
-    yield
-    if dist.is_initialized() and not waits:
-        dist.barrier()
+def seed_everything(seed: int, epoch: int = 0) -> None:
+    """Seed the random generators of Python, NumPy and PyTorch, differently for each epoch.
+
+    A resumed run then draws the same numbers as one that was never stopped.
+    """
+    number = seed * 10_000 + epoch
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.manual_seed(number)
 
 
-def all_gather(values: torch.Tensor, mine: torch.Tensor, device: torch.device) -> None:
-    """Let each process know the `values` of all, where only those at its own indices are right."""
-    if dist.is_initialized():
-        known = torch.zeros_like(values)
-        known[mine] = values[mine]
-        known = known.to(device)  # nccl takes no other
-        dist.all_reduce(known)  # the sum over all processes
-        values.copy_(known)
+def number(kind: type, low: float, high: float = math.inf) -> Callable:
+    """A type for argparse: a finite int or float from `low` to `high`."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not (low <= value <= high and math.isfinite(value)):
+            allowed = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range; use a number {allowed}")
+        return value
+
+    parse.__name__ = kind.__name__  # so that argparse can say "invalid int value"
+    return parse
 
 
-def new_run_dir(args: argparse.Namespace) -> Path:
-    """Make a folder for a run, named after the time and the model; no other run has it."""
-    name = f"{args.model}-dry-run" if args.dry_run else args.model
-    while True:
-        run_dir = args.out_dir / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+def plain_settings(args: argparse.Namespace) -> dict:
+    """A run's settings as values that a checkpoint can hold, so paths become strings."""
+    settings = {k: v for k, v in vars(args).items() if k not in ("resume", "out_dir")}
+    return {k: str(v.absolute()) if isinstance(v, Path) else v for k, v in settings.items()}
+
+
+def check_unchanged(args: argparse.Namespace, settings: dict) -> None:
+    """Refuse flags that contradict a resumed run's settings, except for where and how it runs."""
+    now = plain_settings(args)
+    for name in sorted(settings.keys() - {"device", "workers", "compile", "data_dir"}):
+        if now[name] != settings[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"A resumed run can't change {flag}; it began with {settings[name]}")
+
+
+def find_run(name: str | None, out_dir: Path) -> tuple[Path | None, dict]:
+    """The last.pt that `--resume name` means, and its run's settings (None and {} without a name).
+
+    `name` is a run's folder or its last.pt; "newest" is the newest unfinished run that can be read.
+    """
+    if name is None:
+        return None, {}
+    if not name:
+        raise UserError("--resume: the name is empty; give a run's folder, or no name at all")
+    named = [Path(name) if Path(name).exists() else out_dir / name]
+    for path in sorted(out_dir.glob("*/last.pt"))[::-1] if name == "newest" else named:
+        path = path / "last.pt" if path.is_dir() else path
         try:
-            run_dir.mkdir(parents=True)
-            return run_dir
-        except FileExistsError:
-            time.sleep(0.1)  # another run has started in this very second
+            checkpoint = load_checkpoint(path)
+            if "settings" not in checkpoint:
+                raise UserError(f"{relative(path)} can't be resumed; only a run's last.pt can")
+            if checkpoint["epoch"] < checkpoint["settings"]["epochs"]:
+                return path, checkpoint["settings"]
+        except UserError as error:
+            if name != "newest":
+                raise
+            print(f"Skipped a run: {error}", file=sys.stderr)
+    finished = f"{name} is finished" if name != "newest" else f"no unfinished run in {out_dir}"
+    raise UserError(f"--resume: {finished}; start a new run without --resume")
+
+
+def open_run_dir(args, device: torch.device, program=("python", ROOT / "train.py")) -> Path:
+    """The run's folder: a new one, named after the time and the model, or the one we resume.
+
+    Also prints the command that would resume the run, which is `program` with --resume.
+    """
+    run_dir = args.resume and args.resume.parent
+    try:
+        while run_dir is None:
+            args.out_dir.mkdir(parents=True, exist_ok=True)
+            name = f"{time.strftime('%Y%m%d-%H%M%S')}-{args.model}{'-dry-run' * args.dry_run}"
+            try:
+                (args.out_dir / name).mkdir()
+                run_dir = args.out_dir / name
+            except FileExistsError:
+                time.sleep(0.1)  # another run started within this very second
+    except OSError as error:
+        raise UserError(f"Can't create a folder for this run (see --out-dir): {error}") from error
+    print(f"Training {args.model} on {device}. If it's interrupted after epoch 1, resume it with")
+    print(command(*program, "--resume", run_dir), end="\n\n")
+    return run_dir
+
+
+def print_next_steps(run_dir: Path, data_dir: Path, best_accuracy: float) -> None:
+    """Say how well a run went, and which commands to try next."""
+    data = [] if data_dir.absolute() == ROOT / "data" else ["--data-dir", data_dir]
+    print(f"\nBest validation accuracy: {best_accuracy:.2%}. See the curves or test the model:")
+    print(command("tensorboard", "--logdir", run_dir.parent))
+    print(command("python", ROOT / "evaluate.py", "--checkpoint", run_dir / "best.pt", *data))
+
+
+def relative(path: Path) -> str:
+    """A path the way you'd type it: relative if it's inside the working directory."""
+    path = path.absolute()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def command(*words: str | Path) -> str:
+    """A command line to paste into a terminal, with quotes around words that need them."""
+    texts = [relative(word) if isinstance(word, Path) else word for word in words]
+    return " ".join(f'"{t}"' if re.search(r"[^\w./\\:-]", t) else t for t in texts)
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write a checkpoint, so that at no moment a file of that name holds half of one.
+    """Write a checkpoint. There is no moment at which `path` is half of anything.
 
-    The bytes go to a new file beside it and down to the disk; only then does that take the name,
-    which the operating system does in one go. A crash before leaves the old checkpoint.
+    We write to a temporary file, wait until it's on the disk, and then give it the real name,
+    which the operating system does in a single step. Until then the old checkpoint is still there.
+
+    Raises TypeError, naming the entry, if something could be saved but never loaded again.
     """
-    content = io.BytesIO()
-    torch.save({"format": FORMAT, **checkpoint}, content)
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        with partial.open("xb") as file:  # x: not through a link, nor over another file
-            file.write(content.getbuffer())
+        with temporary.open("wb") as file:
+            torch.save({"format": FORMAT, **checkpoint}, file)
             file.flush()  # from Python to the operating system
-            os.fsync(file.fileno())  # from there to the disk
-        partial.replace(path)
+            os.fsync(file.fileno())  # from the operating system to the disk
+        if not is_loadable(temporary):
+            broken = []
+            for key, value in checkpoint.items():
+                torch.save(value, temporary)
+                broken += [key] if not is_loadable(temporary) else []
+            advice = "store only tensors and plain Python values, such as float(x)"
+            raise TypeError(f"{broken} in the checkpoint couldn't be loaded again; {advice}")
+        temporary.replace(path)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def is_loadable(path: Path) -> bool:
+    """Whether load_checkpoint can read a file. It's quick, because "meta" tensors have no data."""
+    try:
+        torch.load(path, map_location="meta", weights_only=True)
+    except Exception:
+        return False
+    return True
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint, to the CPU.
+    """Load a checkpoint onto the CPU. Raises UserError if it can't be read.
 
-    `weights_only` lets torch.load build tensors and plain Python values alone: a checkpoint that
-    somebody sends you can't run code. Raises InputError or OSError, if it can't be used or read.
+    With `weights_only`, torch.load builds nothing but tensors and plain Python values, so a
+    checkpoint from a stranger can't run code on your machine.
     """
+    if not path.is_file():  # opening a named pipe, say, would wait forever
+        reason = (
+            "isn't a file" if path.exists() else "doesn't exist (a run saves it after every epoch)"
+        )
+        raise UserError(f"{relative(path)} {reason}; see --checkpoint and --resume")
     try:
-        if path.exists() and not path.is_file():
-            raise InputError("it is no file")  # and a pipe would let us wait for ever
-        with zipfile.ZipFile(path) as archive:  # what torch.save writes
-            if archive.testzip():  # the first part with a wrong checksum: torch.load checks none
-                raise InputError("it is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-            raise InputError("it is of another project, or version")
-        kinds = [type(checkpoint.get(name)) for name in ("model", "classes", "epoch")]
-        if kinds != [str, int, int] or checkpoint["epoch"] < 1:
-            raise InputError("it lacks the model's name, classes or epoch")
-        if not 1 < checkpoint["classes"] <= 10_000:
-            raise InputError(f"it has {checkpoint['classes']:.3g} classes")
-        return checkpoint
-    except OSError:
-        raise
-    except Exception as error:  # also whatever a file of another kind makes zipfile and torch raise
-        reason = str(error) if isinstance(error, InputError) else "it is damaged, or no checkpoint"
-        reason = "it could run code" if isinstance(error, pickle.UnpicklingError) else reason
-        raise InputError(f"{short(path)} can't be used: {reason}. Take another") from error
+    except Exception as error:  # torch raises a dozen kinds of error for damaged or foreign files
+        # The last line says what's wrong. The rest is advice to turn weights_only off: drop it.
+        lines = str(error).partition("Check the documentation")[0].strip().splitlines() or ["empty"]
+        reason = f"{type(error).__name__}: {lines[-1].partition(' Please use')[0].strip()}"
+        raise UserError(f"Can't read the checkpoint {relative(path)} ({reason})") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise UserError(f"{relative(path)} is from another project, or another version of this one")
+    return checkpoint
 
 
-def alike(saved, new):
-    """A copy of what a file holds, if it is like `new` in types, keys, lengths, shapes and dtypes.
+@contextmanager
+def must_fit(checkpoint: dict, model: nn.Module, image_losses: Tensor):
+    """While a run's states are loaded, turn a failure into a UserError that says why.
 
-    Else, or if a tensor has numbers that are immense or none (NaN), InputError. Optimizers check
-    none of it, and a fused one would write beyond the end of a smaller state.
+    Two things are checked here because PyTorch doesn't. An optimizer finds a weight's state by its
+    position, so two layers that swapped places would silently swap states. And we keep one loss
+    per image, so a different number of images means different data.
     """
-    same = type(saved) is type(new)
-    if same and isinstance(new, torch.Tensor):
-        kinds = [(tensor.shape, tensor.dtype, tensor.layout) for tensor in (saved, new)]
-        if saved.device.type == "cpu" and kinds[0] == kinds[1] and (saved.abs() < 1e18).all():
-            return torch.empty_like(new).copy_(saved)  # memory of its own, laid out like new's
-    elif same and isinstance(new, dict):
-        if saved.keys() == new.keys():
-            return type(new)((key, alike(saved[key], new[key])) for key in new)
-    elif same and isinstance(new, list):
-        if len(saved) == len(new):
-            return list(map(alike, saved, new))
-    elif same and (not isinstance(new, float) or isfinite(saved)):
-        return saved
-    raise InputError(MISFIT)
-
-
-def load_states(saved, model, optimizer=None, scheduler=None, image_losses=None, step=0) -> None:
-    """Put what a checkpoint holds into its places; InputError, if it does not fit.
-
-    `step` is how many steps there were until then: the learning rate follows from that.
-    """
-    weights = alike(saved.get("weights"), model.state_dict())
-    if optimizer is not None:
-        for weight in (w for group in optimizer.param_groups for w in group["params"]):
-            weight.grad = torch.zeros_like(weight)
-        optimizer.step()  # only to have states to compare with
-        optimizer.zero_grad()
-        new = optimizer.state_dict()
-        optimizer.load_state_dict(new | {"state": alike(saved.get("optimizer"), new["state"])})
-        image_losses.copy_(alike(saved.get("losses"), image_losses))
-        if alike(saved.get("step"), step) != step:
-            raise InputError(MISFIT)
-        for _ in range(step):
-            scheduler.step()
-    model.load_state_dict(weights)
-
-
-def resume(run_dir: Path, model, optimizer, scheduler, image_losses, steps) -> tuple[int, float]:
-    """Put what a run's last.pt holds into its places; `steps` has the steps of each epoch.
-
-    Returns how many epochs are done, and the best validation accuracy in them.
-    """
-    last = load_checkpoint(run_dir / "last.pt")
-    best = alike(last.get("best"), 0.0)
-    load_states(last, model, optimizer, scheduler, image_losses, sum(steps[: last["epoch"]]))
-    return last["epoch"], best
-
-
-def as_flags(args: argparse.Namespace) -> list[str]:
-    """Settings as a command line, for last.pt."""
-    settings = {k.replace("_", "-"): v for k, v in vars(args).items() if k not in FOLDERS}
-    switches = {True: "--{}", False: "--no-{}"}
-    return [
-        switches[value].format(name) if isinstance(value, bool) else f"--{name}={value}"
-        for name, value in settings.items()
-    ]
-
-
-def parse_and_resume(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """parser.parse_args; with --resume on top of the settings of the run, whose folder it is."""
-    given = parser.parse_args(argv)
-    if not given.resume:
-        return given
-    named = Path(given.resume) if Path(given.resume).is_dir() else given.out_dir / given.resume
-    newest_first = sorted(given.out_dir.glob("*/last.pt"), reverse=True)
-    for path in newest_first if given.resume == "newest" else [named / "last.pt"]:
-        last = load_checkpoint(path)
-        flags = alike(last.get("settings"), as_flags(given))  # a list of as many texts
-        if not "".join(flags).isprintable() or any(p.is_symlink() for p in path.parent.rglob("*")):
-            raise InputError(f"{short(path.parent)} is odd, with links or control characters in it")
-        began = parser.parse_args(flags)
-        if last["epoch"] >= (began.epochs or 0):
-            continue  # it is finished
-        args = parser.parse_args(argv, argparse.Namespace(**vars(began)))
-        for name in vars(args).keys() - FOLDERS - MAY_CHANGE:
-            if getattr(args, name) != getattr(began, name):
-                parser.error(f"--resume: this run has {name} {getattr(began, name)}, for good")
-        args.resume, args.data_dir, args.out_dir = path.parent, given.data_dir, given.out_dir
-        return args
-    raise InputError("--resume: there is no run that has begun and is not finished")
-
-
-def run_script(parse_args, main) -> None:
-    """Run a script. What its user can mend ends in one line, and a bug in its traceback.
-
-    The exit status is 1 after an error, 130 after Ctrl-C, 143 after SIGTERM.
-    """
-    args, signals = argparse.Namespace(), []
-
-    def interrupt(number: int, frame: object) -> None:
-        if signals:
-            os._exit(128 + number)  # the second time without a word
-        signals.append(number)
-        raise KeyboardInterrupt
-
-    def end(error: BaseException) -> None:
-        line = "Stopped." if signals else " ".join(str(error).split())
-        run_dir = getattr(args, "run_dir", None)  # of train.py, once it has one
-        if run_dir and (run_dir / "last.pt").exists() and (signals or isinstance(error, OSError)):
-            line += f" Go on with: python {short(Path(sys.argv[0]))} --resume {short(run_dir)}"
-            if args.data_dir.resolve() != Path(sys.argv[0]).resolve().parent / "data":
-                line += f" --data-dir {short(args.data_dir)}"
-        with suppress(OSError):
-            print("\n" * sys.stderr.isatty() + line, file=sys.stderr)
-        with suppress(OSError):
-            sys.stdout.flush()
-        os._exit(128 + signals[0] if signals else 1)  # clean-up might wait for a full disk for ever
-
-    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115 (it is None, if closed)
-    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names that it has no letters for
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
-    sys.unraisablehook = lambda failure: signals or sys.__unraisablehook__(failure)
-    threading.excepthook = lambda failure: end(failure.exc_value)  # tensorboardX writes in a thread
     try:
-        try:
-            args = parse_args()
-            main(args)
-        finally:
-            sys.stdout.flush()  # here an error can still be told
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # while Python cleans up
-    except (Exception, KeyboardInterrupt) as error:
-        if "InvalidCxxCompiler" in str(error):  # of torch.compile, deep inside
-            end(InputError("--compile needs a C++ compiler, as g++: install it, or go without"))
-        if not signals and not isinstance(error, (InputError, OSError, FloatingPointError)):
-            raise
-        end(error)
+        if list(checkpoint["weights"]) != list(model.state_dict()):
+            raise ValueError("the model's layers have different names or a different order")
+        if checkpoint["image_losses"].shape != image_losses.shape:
+            raise ValueError(f"there are now {len(image_losses):,} training images; see --data-dir")
+        yield
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = textwrap.shorten(str(error), 300)
+        raise UserError(f"This run no longer fits the program or the data: {reason}") from error
 
 
-def short(path: Path) -> str:
-    """A path as a person would type it: relative to the current folder where it lies inside."""
-    path = path.absolute()
-    path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    return "".join(c if c.isprintable() else "?" for c in str(path))
+def save_picture(figure: Figure, path: Path) -> None:
+    """Save a figure and say where. If that fails, say so and go on: it's only a picture."""
+    try:
+        figure.savefig(path)
+        print(f"Picture      {relative(path)}")
+    except OSError as error:
+        print(f"Couldn't save a picture: {error}", file=sys.stderr)
+
+
+def draw_images(title: str, images: list[Tensor], captions: list[str], columns=10) -> Figure:
+    """A figure of images (C, H, W) from 0 to 1, dark ink on white, with a caption below each."""
+    rows = max(1, math.ceil(len(images) / columns))
+    figure = Figure(figsize=(10, 0.5 + rows * 13 / columns), layout="constrained")
+    axes = figure.subplots()
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        x, y = i % columns, i // columns * 1.3
+        edges = (x + 0.04, x + 0.96, y + 0.96, y + 0.04)
+        pixels = (
+            1 - torch.as_tensor(image).movedim(0, -1).numpy()
+        )  # channels last, and ink becomes dark
+        axes.imshow(pixels, extent=edges, cmap="grey", vmin=0, vmax=1)
+        axes.text(x + 0.5, y + 1, caption, ha="center", va="top", fontsize=9, parse_math=False)
+    axes.set(title=title, xlim=(0, columns), ylim=(rows * 1.3, 0))
+    axes.axis("off")
+    return figure
+
+
+def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
+    """Confusion matrix, int64: entry (i, j) counts the images of class i predicted as j."""
+    classes = logits.shape[1]
+    pairs = labels * classes + logits.argmax(dim=1)  # one number per (true, predicted) pair
+    return pairs.bincount(minlength=classes**2).view(classes, classes)
+
+
+def draw_confusion(logits: Tensor, labels: Tensor) -> Figure:
+    """A figure of the confusion matrix, in which colour marks the mistakes."""
+    confusion = confusion_matrix(logits, labels)
+    mistakes = confusion.clone().fill_diagonal_(0)
+    figure = Figure(figsize=(7, 7), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(mistakes.numpy(), cmap="Blues", vmax=max(mistakes.max().item(), 1) * 1.3)
+    for true, predicted in confusion.nonzero().tolist():
+        style = {"color": "#666666"} if true == predicted else {"weight": "bold"}
+        count = str(confusion[true, predicted].item())
+        axes.text(predicted, true, count, ha="center", va="center", **style)
+    axes.set(xlabel="predicted digit", xticks=range(len(confusion)))
+    axes.set(ylabel="true digit", yticks=range(len(confusion)))
+    axes.set_title(f"{mistakes.sum():,} of {len(labels):,} wrong (right answers in grey)")
+    return figure
+
+
+def draw_mistakes(dataset: Dataset, logits: Tensor, labels: Tensor) -> Figure:
+    """A figure of up to 100 misclassified images, the most confident mistakes first."""
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    wrong = (predicted != labels).nonzero().flatten()
+    worst = wrong[confidence[wrong].argsort(descending=True)][:100].tolist()
+    captions = [f"{labels[i]} as {predicted[i]}, {confidence[i]:.0%}" for i in worst]
+    title = f"{len(wrong):,} of {len(labels):,} wrong: true digit, prediction, confidence"
+    return draw_images(title, [dataset[i][0] for i in worst], captions)
+
+
+def draw_hardest(dataset: Dataset, image_losses: Tensor) -> Figure:
+    """A figure of the 20 images with the highest losses: some are hard, some wrongly labelled."""
+    worst = image_losses.topk(min(20, len(image_losses))).indices.tolist()
+    captions = [f"label {dataset[i][1]}, loss {image_losses[i]:.1f}" for i in worst]
+    title = "The hardest training images: label, and loss when last seen"
+    return draw_images(title, [dataset[i][0] for i in worst], captions)
+
+
+def log_images_and_weights(log, dataset: Dataset, indices: list[int], model, step: int) -> None:
+    """Log some images as the dataset augments them, and histograms of weights and gradients."""
+    images = torch.stack(
+        [torch.as_tensor(dataset[i][0]) for i in indices]
+    )  # NumPy arrays are fine too
+    log.add_images("augmented", images, step)
+    for name, weight in model.named_parameters():
+        log.add_histogram(f"weights/{name}", weight, step)
+        if weight.grad is not None:
+            log.add_histogram(f"gradients/{name}", weight.grad, step)

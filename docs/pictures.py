@@ -7,7 +7,6 @@ are made.
 """
 
 import tempfile
-from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
@@ -15,10 +14,9 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from dataset import MNISTDataset, random_affine
-from evaluate import ROOT, newest_checkpoint, predict
-from model import build_model
+from evaluate import load_model, newest_checkpoint, predict
 from train import main, parse_args
-from utils import load_checkpoint, load_states
+from utils import ROOT, load_checkpoint
 
 BLUE, ORANGE = "#0072b2", "#d55e00"  # colour-blind people can tell these apart (Okabe and Ito)
 CPU = torch.device("cpu")
@@ -71,10 +69,7 @@ def graph() -> Figure:
 
 def eval_mode() -> Figure:
     """What a network answers for one image among others, in training and in evaluation mode."""
-    path = newest_checkpoint(ROOT / "checkpoints")
-    checkpoint = load_checkpoint(path)
-    model = build_model(checkpoint["model"], checkpoint["classes"])
-    load_states(checkpoint, model)
+    model, checkpoint = load_model(newest_checkpoint())
     dataset = MNISTDataset(ROOT / "data", "validation")
     images, labels = dataset.images / 255, dataset.labels
     generator = torch.Generator().manual_seed(0)
@@ -94,7 +89,7 @@ def eval_mode() -> Figure:
 
     @torch.no_grad()
     def accuracy(size: int) -> float:
-        load_states(checkpoint, model)  # training mode changes the running averages
+        model.load_state_dict(checkpoint["weights"])  # undoes what training mode did to averages
         model.train()
         correct = [
             model(part).argmax(dim=1) == answer
@@ -106,7 +101,7 @@ def eval_mode() -> Figure:
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(answers(True), "o", color=ORANGE, label="model.train()")
-    load_states(checkpoint, model)
+    model.load_state_dict(checkpoint["weights"])
     left.plot(answers(False), color=BLUE, label="model.eval()")
     left.set(title=f"One image of a {labels[one]}, with nine others", ylim=(-0.02, 1.02))
     left.set(xlabel="which others: 40 batches", ylabel=f"probability of {labels[one]}", xticks=[])
@@ -124,9 +119,8 @@ def eval_mode() -> Figure:
 def hard() -> Figure:
     """The losses of all training images after an epoch, and the extremes among them."""
     with tempfile.TemporaryDirectory() as folder:
-        main(parse_args(["--epochs=1", f"--out-dir={folder}", "--device=cpu"]))
-        (path,) = Path(folder).glob("*/last.pt")
-        losses = load_checkpoint(path)["losses"]
+        run_dir = main(parse_args(["--epochs=1", f"--out-dir={folder}", "--device=cpu"]))
+        losses = load_checkpoint(run_dir / "last.pt")["image_losses"]
     dataset = MNISTDataset(ROOT / "data", "train")
     order = losses.argsort()
     limit = losses[order[-len(losses) // 4]].item()

@@ -13,9 +13,10 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 
 from dataset import MNISTDataset
-from evaluate import ROOT, predict
+from evaluate import predict
 from model import ResNet18
 from train import build_optimizer, train_epoch
+from utils import ROOT
 
 SIZE, BATCH_SIZE, SEEDS = 28, 25, 3  # pixels of a side; images a step
 EPOCHS = {10: 30, 50: 15, 500: 5}  # by images of a digit

@@ -1,120 +1,225 @@
-"""Train on photos of your own, in a folder for each kind of thing: photos/cat/1.jpg and so on.
+"""Train a network on your own photos: a folder for each kind of thing, photos/cat/1.jpg and so on.
 
     python -m examples.photos photos                     # trains, and saves photos.pt
-    python -m examples.photos photos new.jpg other.jpg   # says what is on new photos
+    python -m examples.photos photos new.jpg other.jpg   # says what's in new photos
 
-The loop is that of train.py. What changes is here: photos differ in size, some are damaged, nobody
-has split them, and classes have names. Few photos call for pretrained weights and augmentation.
+The training loop is train.py's, unchanged. What's new is the data, which is where most of the work
+in a real project goes: photos come in all sizes, some files are damaged, nobody has set any aside
+for validation, and classes have names. There are never enough photos, either. So we start from a
+network that has already seen 1.2 million of them (*transfer learning*), and show it a different
+part of each photo every time (*data augmentation*).
 """
 
 import argparse
-from functools import cache
+import os
+import sys
+import tempfile
 from pathlib import Path
-from zlib import crc32
+from random import Random
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from torchvision.datasets import ImageFolder
+from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import v2
+from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to import from the folder above
 import utils
-from dataset import open_picture
 from evaluate import predict
+from examples.handwriting import open_picture
 from model import ResNet18
 from train import build_optimizer, train_epoch
 
-SIZE, BATCH_SIZE = 128, 16  # pixels of a side, and photos a step
+SIZE = 128  # pixels per side of the images that the network sees
+VALIDATION = ("val", "valid", "validation", "test")  # what people call the photos they set aside
+HIDDEN = (".", "__")  # as in .ipynb_checkpoints, .DS_Store and __MACOSX
 to_float = v2.ToDtype(torch.float32, scale=True)  # from 0 to 1; the model normalises
 plain = v2.Compose([v2.Resize((SIZE, SIZE)), to_float])
-part = v2.RandomResizedCrop(SIZE, scale=(0.5, 1))  # another one each time
+part = v2.RandomResizedCrop(SIZE, scale=(0.5, 1))  # a different one every time
 augmented = v2.Compose([part, v2.RandomHorizontalFlip(), to_float])
 
 
-@cache  # in each epoch after the first they come from memory: 10,000 in 2 GB
-def read_photo(path: str | Path) -> Tensor:
-    """A photo, made small, (3, H, W) uint8. Raises InputError, if it can't be read."""
-    try:
-        photo = open_picture(path).convert("RGB")  # upright, as the camera was held
-    except utils.InputError as error:
-        raise utils.InputError(f"{utils.short(Path(path))}: {error}") from error
-    photo.thumbnail((2 * SIZE, 2 * SIZE))
-    return v2.functional.pil_to_tensor(photo)
-
-
-def read_folder(folder: Path, held_out: bool) -> ImageFolder:
-    """The photos to train on, or those held out to validate; says which files can't be read."""
-
-    def is_wanted(path: str) -> bool:
-        # One in five is held out. Chosen by name, a photo stays where it is when others come.
-        if (crc32(Path(path).name.encode(errors="replace")) % 5 == 0) != held_out:
-            return False
-        try:
-            return read_photo(path) is not None
-        except utils.InputError as error:
-            print(f"Left out: {error}")
-            return False
-
-    return ImageFolder(
-        folder,
-        transform=plain if held_out else augmented,
-        loader=read_photo,
-        is_valid_file=is_wanted,
-        allow_empty=True,  # train says which
-    )
+def main(args: argparse.Namespace) -> None:
+    """Say what's in the new photos if there are any, otherwise train."""
+    return classify(args) if args.photos else train(args)
 
 
 def train(args: argparse.Namespace) -> None:
-    train_set, held_out = (read_folder(args.folder, part) for part in (False, True))
-    names = train_set.classes
-    empty = [name for label, name in enumerate(names) if label not in train_set.targets]
-    if len(names) < 2 or empty or not held_out.samples:
-        lack = f"a photo to train on in {empty[0]}" if empty else "two kinds, and more photos"
-        raise utils.InputError(f"{args.folder} lacks {lack} (one photo in five is held out)")
-    print(f"{len(train_set)} photos to train on, {len(held_out)} held out: {', '.join(names)}")
-    device, _, _ = utils.setup_distributed("auto")
-    torch.manual_seed(0)  # all that is random follows from it
-    model = ResNet18(len(names), args.pretrained, size=SIZE)
-    model.to(device, memory_format=torch.channels_last)
-    loader = DataLoader(train_set, BATCH_SIZE, shuffle=True)
-    loss_function = nn.CrossEntropyLoss(reduction="none")  # a loss for each photo
+    """Train on the photos in args.folder, and save the network of the best epoch."""
+    folder, set_aside = find_split(args.folder)
+    try:  # can we save the result? Better to find out now than after training
+        tempfile.TemporaryFile(dir=args.output.parent).close()
+    except OSError as error:
+        where = f"{utils.relative(args.output.parent)}: {error.strerror}"
+        raise utils.UserError(
+            f"Can't write to {where}. Choose another place with --output"
+        ) from error
+    names = [path.name for path in folders_in(folder)]
+    if len(names) < 2:
+        raise utils.UserError(f"{utils.relative(folder)} needs at least two folders, one per class")
+
+    # Model: it comes first because you'd want to know at once if its weights can't be downloaded.
+    device = utils.choose_device()
+    torch.manual_seed(0)  # everything random follows from this seed
+    model = ResNet18(len(names), args.pretrained, size=SIZE).to(device)
+    if device.type != "mps":
+        model.to(memory_format=torch.channels_last)
+
+    # Data: a list of (photo, label) pairs works as a Dataset: it has a length and can be indexed.
+    held = f"those in {utils.relative(set_aside)}" if set_aside else "about a fifth of each class"
+    print(f"Reading your photos. To check the network later, we hold out {held}.")
+    train_set, validation_set = [], []
+    for label, name in enumerate(names):
+        photos = read_photos(folder / name)
+        training, held_out = hold_out(photos)
+        if set_aside:
+            training, held_out = photos.values(), read_photos(set_aside / name).values()
+        print(f"{name}: {len(training):,} photos to train on, {len(held_out):,} held out")
+        if not training or not held_out:
+            raise utils.UserError(f"{name} needs at least 1 photo to train on and 1 to hold out")
+        train_set += [(photo, label) for photo in training]
+        validation_set += [(plain(photo), label) for photo in held_out]
+    loader = DataLoader(train_set, batch_size=16, shuffle=True, collate_fn=augment)
+
+    # From here on it's train.py's story again, only shorter.
+    print(f"Training on {device}. You can stop at any time, and the best network so far is kept.")
+    loss_function = nn.CrossEntropyLoss(reduction="none")  # one loss per photo
     optimizer, scheduler = build_optimizer(model, args.lr, args.epochs * len(loader))
+    best = 0.0
     for epoch in range(1, args.epochs + 1):
-        losses, _, _ = train_epoch(model, loader, loss_function, optimizer, scheduler, device)
-        logits, labels = predict(model, held_out, device)
-        accuracy = (logits.argmax(dim=1) == labels).float().mean()
+        losses, _ = train_epoch(model, loader, loss_function, optimizer, scheduler, device)
+        logits, labels = predict(model, validation_set, device)
+        accuracy = (logits.argmax(dim=1) == labels).float().mean().item()
         print(f"epoch {epoch}: loss {losses.mean():.3f}, validation {accuracy:.1%}", flush=True)
-    checkpoint = {"model": "photos", "classes": len(names), "names": names, "epoch": args.epochs}
-    utils.save_checkpoint(Path(f"{args.folder}.pt"), checkpoint | {"weights": model.state_dict()})
-    print(f"Saved {args.folder}.pt")
+        if accuracy >= best:
+            best, best_logits = accuracy, logits
+            checkpoint = {"model": "photos", "classes": len(names), "names": names, "epoch": epoch}
+            checkpoint["weights"] = model.state_dict()
+            utils.save_checkpoint(args.output, checkpoint)
+
+    mistakes = mistakes_figure(names, validation_set, best_logits)
+    utils.save_picture(mistakes, args.output.with_name(f"{args.output.stem}-mistakes.png"))
+    print(f"Network      {utils.relative(args.output)}: {best:.1%} of the held-out photos right")
+    guess = labels.bincount().max() / len(labels)
+    print(f"(Always naming the commonest class would get {guess:.1%}.) Do look at the mistakes.")
+    print("Then add a new photo to the end of your command, and the network will say what's in it.")
+
+
+def augment(batch: list[tuple[Tensor, int]]) -> list[Tensor]:
+    """Make a batch of images and one of labels, each photo a little different from last time."""
+    return default_collate([(augmented(photo), label) for photo, label in batch])
+
+
+def find_split(folder: Path) -> tuple[Path, Path | None]:
+    """The folder with the classes, and the one to validate on if the photos are already split."""
+    folders = {path.name.lower(): path for path in folders_in(folder)}
+    set_aside = [folders[name] for name in VALIDATION if name in folders]
+    if "train" not in folders or not (set_aside or len(folders) == 1):
+        return folder, None
+    labelled = [path for path in set_aside if folders_in(path)]  # `test` often has no labels
+    return folders["train"], labelled[0] if labelled else None
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """The folders in a folder, in alphabetical order, without hidden ones."""
+    if not folder.is_dir():
+        raise utils.UserError(f"{utils.relative(folder)} isn't a folder; give one with your photos")
+    folders = [path for path in folder.iterdir() if path.is_dir()]
+    return sorted(path for path in folders if not path.name.startswith(HIDDEN))
+
+
+def read_photos(folder: Path) -> dict[Path, Tensor]:
+    """All readable photos in a folder. They stay in memory, where 10,000 take up to 2 GB."""
+    photos = {}
+    for path in tqdm(sorted(folder.rglob("*")), folder.name, leave=False, disable=None):
+        hidden = any(part.startswith(HIDDEN) for part in path.relative_to(folder).parts)
+        if path.is_file() and not hidden:
+            try:
+                photos[path] = read_photo(path)
+            except utils.UserError as error:
+                tqdm.write(f"Skipped {utils.relative(path)}: {error}")
+    return photos
+
+
+def read_photo(path: Path) -> Tensor:
+    """A photo as a small (3, H, W) uint8 tensor. Raises UserError if it can't be read."""
+    photo = open_picture(path)  # upright, however the camera was held
+    photo.thumbnail((2 * SIZE, 2 * SIZE))
+    page = Image.new("RGBA", photo.size, "white")  # shows through where the photo is transparent
+    page.alpha_composite(photo)
+    return v2.functional.pil_to_tensor(page.convert("RGB"))
+
+
+def hold_out(photos: dict[Path, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Split a class's photos into those to train on, and about a fifth to validate on.
+
+    Each photo's name gives it a number from 0 to 1, always the same; photos below 0.2 are held out.
+    So adding photos doesn't move the ones you have. One exception: if a side would be empty, it
+    borrows the photo that came closest, which may go back when you add more.
+    """
+    numbers = {path: Random(os.fsencode(Path(*path.parts[-2:]))).random() for path in photos}
+    order = sorted(photos, key=numbers.get)
+    count = sum(number < 0.2 for number in numbers.values())
+    count = min(max(count, 1), len(order) - 1)
+    return [photos[path] for path in order[count:]], [photos[path] for path in order[:count]]
+
+
+def mistakes_figure(names: list[str], samples: list, logits: Tensor):
+    """A figure of up to 30 misclassified photos, the most confident mistakes first."""
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    labels = torch.tensor([label for _, label in samples])
+    wrong = [i for i in confidence.argsort(descending=True).tolist() if predicted[i] != labels[i]]
+    title = f"{len(wrong):,} of {len(samples):,} wrong: true class, prediction, confidence"
+    shown = wrong[:30]
+    captions = [f"{names[labels[i]]} as {names[predicted[i]]}, {confidence[i]:.0%}" for i in shown]
+    images = [1 - samples[i][0] for i in shown]  # draw_images inverts them, for digits on paper
+    return utils.draw_images(title, images, captions, columns=5)
 
 
 def classify(args: argparse.Namespace) -> None:
-    checkpoint = utils.load_checkpoint(Path(f"{args.folder}.pt"))
-    names = utils.alike(checkpoint.get("names"), [""] * checkpoint["classes"])  # so many texts
+    """Say what's in new photos."""
+    file = utils.relative(args.output)
+    if not args.output.exists():
+        raise utils.UserError(f"There's no {file} yet; train first, with just the folder's name")
+    checkpoint = utils.load_checkpoint(args.output)
+    if checkpoint["model"] != "photos":
+        raise utils.UserError(f"{file} wasn't made by this program; choose another with --output")
+    names = checkpoint["names"]
     model = ResNet18(len(names), size=SIZE)
-    utils.load_states(checkpoint, model)
+    model.load_state_dict(checkpoint["weights"])
+    unreadable = 0
     for path in args.photos:
-        logits, _ = predict(model, [(plain(read_photo(path)), 0)], torch.device("cpu"))
-        probability, best = logits[0].softmax(dim=0).max(dim=0)
-        print(f"{utils.short(path)}: {names[best]!r} ({probability:.1%})")
+        try:
+            samples = [(plain(read_photo(path)), 0)]  # predict wants a label, but doesn't use it
+        except utils.UserError as error:  # one bad file shouldn't stop the rest
+            print(f"{utils.relative(path)}: {error}", file=sys.stderr)
+            unreadable += 1
+            continue
+        logits, _ = predict(model, samples, torch.device("cpu"))
+        (first, second), (best, other) = logits[0].softmax(dim=0).topk(2)
+        answer = f"{names[best]} ({first:.1%}), then {names[other]} ({second:.1%})"
+        print(f"{utils.relative(path)}: {answer}")
+    if unreadable:
+        raise utils.UserError(f"{unreadable} of {len(args.photos)} photos couldn't be read")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m examples.photos", description=__doc__.split("\n")[0]
-    )
-    flag = parser.add_argument
-    flag("folder", type=Path, help="has a folder of photos for each kind of thing")
-    flag("photos", type=Path, nargs="*", metavar="PHOTO", help="say what is on these")
-    flag("--pretrained", action=argparse.BooleanOptionalAction, default=True, help="ImageNet (yes)")
-    flag("--epochs", type=int, default=15, metavar="N", help="how often to see all photos (15)")
-    flag("--lr", type=float, default=0.001, metavar="X", help="peak learning rate (0.001)")
-    args = parser.parse_args(argv)
-    if args.epochs < 1:
-        parser.error("--epochs: use 1 or more")
+    summary = __doc__.split("\n")[0]
+    parser = argparse.ArgumentParser("python -m examples.photos", description=summary)
+    add, switch, number = parser.add_argument, argparse.BooleanOptionalAction, utils.number
+    add("folder", type=Path, help="folder with one subfolder of photos per class")
+    add("photos", type=Path, nargs="*", metavar="PHOTO", help="new photos to classify")
+    add("--output", type=Path, metavar="FILE", help="the trained network (default: FOLDER.pt)")
+    add("--pretrained", action=switch, default=True, help="use ImageNet weights (default: yes)")
+    add("--epochs", type=number(int, 1), default=15, metavar="N", help="epochs (default: 15)")
+    add("--lr", type=number(float, 1e-9), default=0.001, metavar="X", help="peak learning rate")
+    args = parser.parse_intermixed_args(argv)
+    name = f"{args.folder.resolve().name}.pt"  # resolve() so that `.` works too
+    output = args.output or args.folder.resolve().parent
+    args.output = output / name if output.is_dir() else output
     return args
 
 
 if __name__ == "__main__":
-    utils.run_script(parse_args, lambda args: classify(args) if args.photos else train(args))
+    utils.run(parse_args, main)

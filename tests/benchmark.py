@@ -35,7 +35,7 @@ from dataset import MNISTDataset  # noqa: E402
 from evaluate import predict  # noqa: E402
 from model import build_model  # noqa: E402
 from train import parse_args, train_epoch  # noqa: E402
-from utils import setup_distributed  # noqa: E402
+from utils import choose_device  # noqa: E402
 
 CPU = torch.device("cpu")
 BATCH_SIZE = parse_args([]).batch_size
@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure train.py beside a textbook run.")
     parser.add_argument("--full", action="store_true", help="14 textbook epochs, 5 seeds of ours")
     full = parser.parse_args().full
-    setup_distributed("cpu")
+    choose_device("cpu")
     train_set = MNISTDataset(ROOT / "data", "train")
     loader = DataLoader(train_set, BATCH_SIZE, shuffle=True)
 
@@ -131,7 +131,7 @@ def textbook_run(full: bool) -> dict[str, float]:
     """Train the textbook network; seconds are those since its first step."""
     normalise = transforms.Normalize((0.1307,), (0.3081,))
     transform = transforms.Compose([transforms.ToTensor(), normalise])
-    data = [datasets.MNIST(ROOT / "data", train=t, transform=transform) for t in (True, False)]
+    data = [datasets.MNIST(ROOT / "data", t, transform, download=True) for t in (True, False)]
     loader = DataLoader(data[0], batch_size=64, shuffle=True)
     part = DataLoader(Subset(data[0], range(12_800)), batch_size=64)
     result = {"loader": 12_800 / seconds(lambda: sum(1 for _ in part))}

@@ -1,12 +1,11 @@
 """What several test files need. No test needs a network, and none writes into the checkout."""
 
 import os
+import re
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def write_mnist(folder, images, labels, prefixes=("train", "t10k")):
-    """Write images (N, H, W) and labels (N,) as files that torchvision's MNIST reads."""
+    """Write images (N, H, W) and labels (N,) as files in MNIST's format."""
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True, exist_ok=True)
     for kind, values in (("images-idx3", images), ("labels-idx1", labels)):
@@ -35,44 +34,42 @@ def checkout(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkout")
     for script in ROOT.glob("*.py"):
         shutil.copy(script, folder)
-    shutil.copytree(ROOT / "examples", folder / "examples")
-    (folder / "tests").mkdir()
-    shutil.copy(ROOT / "tests" / "benchmark.py", folder / "tests")
-    unpacked = shutil.ignore_patterns("*-ubyte")
-    shutil.copytree(ROOT / "data", folder / "data", ignore=unpacked)
+    unpacked = shutil.ignore_patterns("*-ubyte", "__pycache__")
+    for name in ("examples", "data"):
+        shutil.copytree(ROOT / name, folder / name, ignore=unpacked)
     return folder
 
 
 @pytest.fixture(scope="session")
 def data_dir(checkout):
-    """The real MNIST files, to be unpacked outside the checkout."""
+    """A copy of the real MNIST files."""
     return checkout / "data"
 
 
 @pytest.fixture(scope="session")
 def small_data_dir(data_dir, tmp_path_factory):
     """The first 1,200 training and 500 test images of MNIST, for what would take too long."""
-    from torchvision.datasets import MNIST
+    from dataset import read_idx
 
-    folder = tmp_path_factory.mktemp("small_data")
+    folder, raw = tmp_path_factory.mktemp("small_data"), data_dir / "MNIST" / "raw"
     for prefix, n in (("train", 1_200), ("t10k", 500)):
-        mnist = MNIST(data_dir, train=prefix == "train", download=True)
-        write_mnist(folder, mnist.data[:n], mnist.targets[:n], [prefix])
+        images, labels = (
+            read_idx(raw / f"{prefix}-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1")
+        )
+        write_mnist(folder, images[:n], labels[:n], [prefix])
     return folder
 
 
 @pytest.fixture
 def train(small_data_dir, tmp_path):
-    """Train on few images in this process, in tmp_path / name; gives the new run's folder."""
-    from train import main, parse_args
+    """Train on few images in this process; gives the run's folder, in tmp_path / name."""
+    import train as script
 
     def start(*flags, name="runs"):
-        args = parse_args(
-            [f"--out-dir={tmp_path / name}", f"--data-dir={small_data_dir}", "--device=cpu"]
-            + ["--epochs=3", "--batch-size=64", *map(str, flags)]
-        )
-        main(args)
-        return args.run_dir
+        defaults = [f"--out-dir={tmp_path / name}", f"--data-dir={small_data_dir}", "--device=cpu"]
+        if not any(str(flag).startswith("--resume") for flag in flags):
+            defaults += ["--epochs=3", "--batch-size=64"]
+        return script.main(script.parse_args([*defaults, *map(str, flags)]))
 
     return start
 
@@ -83,10 +80,8 @@ def trained(small_data_dir, tmp_path_factory):
     from train import main, parse_args
 
     folder = tmp_path_factory.mktemp("trained")
-    flags = [f"--out-dir={folder}", f"--data-dir={small_data_dir}", "--epochs=2", "--batch-size=32"]
-    args = parse_args(flags)
-    main(args)
-    return args.run_dir
+    flags = [f"--out-dir={folder}", f"--data-dir={small_data_dir}", "--device=cpu"]
+    return main(parse_args([*flags, "--epochs=2", "--batch-size=32"]))
 
 
 @pytest.fixture(scope="session")
@@ -94,9 +89,8 @@ def default_run(data_dir, tmp_path_factory):
     """The folder of a whole `python train.py`; it takes half a minute."""
     from train import main, parse_args
 
-    args = parse_args([f"--out-dir={tmp_path_factory.mktemp('default')}", f"--data-dir={data_dir}"])
-    main(args)
-    return args.run_dir
+    folder = tmp_path_factory.mktemp("default")
+    return main(parse_args([f"--out-dir={folder}", f"--data-dir={data_dir}", "--device=cpu"]))
 
 
 @pytest.fixture
@@ -117,10 +111,7 @@ def run(checkout, tmp_path):
 
 @pytest.fixture
 def run_here(checkout, tmp_path, monkeypatch, capfd):
-    """Like `run`, but in this process: no seconds go into starting Python and importing torch."""
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(os, "_exit", sys.exit)
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    """Like `run`, but in this process: it saves the seconds of starting Python and torch."""
 
     def run_script(name, *flags):
         monkeypatch.setattr(sys, "argv", [str(checkout / name), *map(str, flags)])
@@ -134,15 +125,12 @@ def run_here(checkout, tmp_path, monkeypatch, capfd):
         out, err = capfd.readouterr()
         return SimpleNamespace(returncode=status, stdout=out, stderr=err)
 
-    yield run_script
-    threading.excepthook = threading.__excepthook__
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run_script
 
 
 @pytest.fixture
 def offline(monkeypatch):
-    """No network, also where there is one."""
+    """No network, even where there is one."""
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setattr("urllib.request._opener", None)  # it would remember the proxies
@@ -158,6 +146,71 @@ def one_line(result, status, *parts):
     """Check that a script ended with a status and one line on standard error that has the parts."""
     assert result.returncode == status, result.stderr
     lines = [line for line in result.stderr.splitlines() if not line.startswith(("usage:", " "))]
-    assert len(lines) == 1, result.stderr  # argparse puts its usage before
+    assert len(lines) == 1, result.stderr  # argparse prints its usage first
     for part in parts:
         assert part in lines[0]
+
+
+# The changes that pages propose, as diffs
+
+
+def blocks(page, language):
+    """The code blocks of a page in one language."""
+    text = page.read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def changes(page):
+    """The diffs of a page, by the title above each."""
+    found, text = {}, page.read_text(encoding="utf-8")
+    for diff in re.finditer(r"^```diff\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        titles = re.findall(r"^(?:#+ |\*\*)([^*\n]+)", text[: diff.start()], re.MULTILINE)
+        found[titles[-1].strip(".")] = diff[1]
+    return found
+
+
+def code_of(line):
+    """A line without its comment."""
+    return re.sub(r"(^|  )\s*#.*", "", line).rstrip()
+
+
+def apply(diff, folder):
+    """Change a copy of the project as a diff says; "@@ file, place @@" begins each of its parts.
+
+    Comments and blank lines needn't match, so that rewording one turns no test red.
+    """
+    for name, part in re.findall(r"^@@ (\S+?\.py).*? @@\n((?:[-+ ].*\n|\n)+)", diff, re.MULTILINE):
+        lines = (folder / name).read_text(encoding="utf-8").splitlines()
+        numbers = [number for number, line in enumerate(lines) if code_of(line)]
+        code = [code_of(lines[number]) for number in numbers]
+        edits = [(line[:1], line[1:]) for line in part.splitlines()]
+        old = [code_of(line) for sign, line in edits if sign != "+" and code_of(line)]
+        places = [i for i in range(len(code)) if code[i : i + len(old)] == old]
+        assert len(places) == 1, f"{len(places)} times in {name}:\n{part}"
+
+        at, new = numbers[places[0]], []
+        numbers = iter(numbers[places[0] :])
+        new += lines[:at]
+        for sign, line in edits:
+            if sign == "+":
+                new.append(line)
+            elif code_of(line):
+                number = next(numbers)
+                new += lines[at:number] + ([] if sign == "-" else [lines[number]])
+                at = number + 1
+        new += lines[at:]
+        (folder / name).write_text("\n".join(new) + "\n", encoding="utf-8")
+
+
+@pytest.fixture
+def copy(checkout, tmp_path, monkeypatch):
+    """A copy of the project, to be changed; what is imported comes from there."""
+    folder = tmp_path / "copy"
+    shutil.copytree(checkout, folder, ignore=shutil.ignore_patterns("MNIST", "checkpoints"))
+    names = [path.stem for path in ROOT.glob("*.py")]
+    ours = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    monkeypatch.syspath_prepend(folder)
+    yield folder
+    for name in names:
+        sys.modules.pop(name, None)
+    sys.modules.update(ours)

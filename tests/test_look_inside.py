@@ -1,48 +1,79 @@
-"""What is shown of a network is what it computes."""
+"""What examples/look_inside.py shows of a network is what that computes."""
 
 import pytest
 import torch
-from conftest import ROOT
-from PIL import Image
+from torch import nn
 
+import utils
 from dataset import MNISTDataset
 from examples import look_inside
-from model import build_model
-from utils import InputError, load_checkpoint, save_checkpoint
+from model import CNN, ResNet18, conv_block
 
 
-def start(checkpoint, *flags):
-    look_inside.main(look_inside.parse_args([f"--checkpoint={checkpoint}", *map(str, flags)]))
+class Deeper(CNN):
+    """The CNN with a fifth block."""
+
+    def __init__(self, classes):
+        super().__init__(classes)
+        del self.classifier
+        self.block5 = conv_block(128, 256, kernel_size=1)
+        self.classifier = nn.Linear(256 * 2 * 2, classes)
+
+    def forward(self, images):
+        x = (images - self.mean) / self.std
+        for block in (self.block1, self.block2, self.block3, self.block4, self.block5):
+            x = block(x)
+        return self.classifier(x.flatten(1))
 
 
-def test_outputs_are_those_of_the_members(small_data_dir):
-    model = build_model("cnn", 10).eval()
+@pytest.fixture
+def start(tmp_path, small_data_dir, monkeypatch):
+    """Look into a model; gives the texts of the picture, from top to bottom."""
+
+    def look_inside_model(model, name):
+        figures = []
+        monkeypatch.setattr(utils, "save_picture", lambda figure, path: figures.append(figure))
+        monkeypatch.setattr(look_inside, "load_model", lambda path: (model.eval(), {"model": name}))
+        flags = [f"--checkpoint={tmp_path / 'best.pt'}", f"--data-dir={small_data_dir}"]
+        look_inside.main(look_inside.parse_args(flags))
+        return figures[0]
+
+    return look_inside_model
+
+
+@pytest.mark.parametrize("kind, blocks", [(CNN, 4), (Deeper, 5)])
+def test_any_number_of_blocks_is_shown(start, kind, blocks, capsys):
+    torch.manual_seed(0)
+    titles = [axes.get_title() for axes in start(kind(10), "cnn").axes]
+    names = [f"block{i}" for i in range(1, blocks + 1)] + ["classifier"]
+    assert [title.split(":")[0] for title in titles[2:]] == names
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed[: blocks + 1]] == names
+
+
+def test_the_most_active_channels_come_first(start, small_data_dir):
+    model = CNN(10)
+    axes = start(model, "cnn").axes[2]  # below the input and the filters
+    shown = [int(number) for number in axes.get_title().split(": ")[-1].split(", ")]
+    outputs = look_inside.record_outputs(model, MNISTDataset(small_data_dir, "test")[0][0])
+    activity = outputs["block1"].mean(dim=(1, 2))
+    assert activity[shown].tolist() == sorted(activity.tolist(), reverse=True)
+    strip = axes.images[0].get_array()  # 16 channels side by side
+    assert strip[:, :13].mean() > strip[:, -13:].mean()
+
+
+def test_outputs_are_what_the_parts_compute(small_data_dir):
+    model = CNN(10).eval()
     image, _ = MNISTDataset(small_data_dir, "test")[0]
+    outputs = look_inside.record_outputs(model, image)
     with torch.inference_mode():
         x = (image[None] - model.mean) / model.std
-        expected = [x := getattr(model, f"block{i}")(x) for i in (1, 2, 3, 4)] + [
-            model(image[None])
-        ]
-    outputs = look_inside.record_outputs(model, image)
-    assert list(outputs) == ["block1", "block2", "block3", "block4", "classifier"]
-    for output, of_a_batch in zip(outputs.values(), expected, strict=True):
-        assert torch.equal(output, of_a_batch[0])
+        for name in ("block1", "block2", "block3", "block4"):
+            x = getattr(model, name)(x)
+            assert torch.equal(outputs[name], x[0])
+        assert torch.equal(outputs["classifier"], model(image[None])[0])
 
 
-@pytest.mark.parametrize("image", [None, ROOT / "docs" / "digits" / "felt_pen.png"])
-def test_the_picture_and_the_shapes(trained, small_data_dir, tmp_path, capsys, image):
-    save_checkpoint(tmp_path / "best.pt", load_checkpoint(trained / "best.pt"))
-    start(tmp_path / "best.pt", f"--data-dir={small_data_dir}", *[image] * bool(image))
-    first, *_, last = capsys.readouterr().out.splitlines()
-    assert " ".join(first.split()) == "block1 16 × 12 × 12"
-    assert last.endswith("best-inside.png")
-    with Image.open(tmp_path / "best-inside.png") as picture:
-        assert min(picture.size) > 500 and len(picture.getcolors(1 << 24)) > 100
-
-
-def test_another_model_is_refused_in_a_line(tmp_path):
-    model = build_model("resnet18", 10)
-    checkpoint = {"model": "resnet18", "classes": 10, "epoch": 1, "weights": model.state_dict()}
-    save_checkpoint(tmp_path / "best.pt", checkpoint)
-    with pytest.raises(InputError, match="no cnn"):
-        start(tmp_path / "best.pt")
+def test_a_model_without_channels_to_show_is_explained(start):
+    with pytest.raises(utils.UserError, match="resnet18"):
+        start(ResNet18(10), "resnet18")
