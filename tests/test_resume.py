@@ -78,7 +78,7 @@ def assert_same_end(run_dir, other, parts=("training", "validation")):
             assert steps[0] == steps[1], (part, tag)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_resumed_run_equals_an_uninterrupted_one(train, stopped_run, workers):
     whole = train(f"--workers={workers}", name="whole")
     stopped = stopped_run(f"--workers={workers}")
@@ -171,6 +171,7 @@ def test_a_checkpoint_with_many_classes_can_be_loaded(tmp_path):
 # Which run
 
 
+@pytest.mark.slow
 def test_the_newest_readable_unfinished_run_is_resumed(train, stopped_run, capsys):
     older, newer = stopped_run(), stopped_run()
     finished = train("--epochs=1", name="stopped")

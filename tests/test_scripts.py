@@ -75,6 +75,7 @@ print("unchanged", before == (sys.stdout, sys.stderr, sys.excepthook, threading.
 """
 
 
+@pytest.mark.slow
 def test_in_a_notebook_train_py_trains_explains_errors_and_leaves_no_trace(
     checkout, small_data_dir, tmp_path
 ):
@@ -256,7 +257,8 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monk
 
 
 @needs_posix
-@pytest.mark.parametrize("limit", [pytest.param(50, marks=pytest.mark.slow), 50_000])
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [50, 50_000])
 def test_a_full_disk_while_logging_ends_the_program(start, tmp_path, limit):
     """tensorboardX writes in a thread. Without it, the next add_scalar would wait forever."""
     full = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
