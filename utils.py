@@ -74,6 +74,18 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
+def is_bfloat16_fast(device: torch.device) -> bool:
+    """Whether a device computes faster in bfloat16 (16 bits) than in float32.
+
+    Most GPUs of the last years do. CPUs do if they have instructions for it, which Intel calls
+    AVX512_BF16 and AMX. Without them, bfloat16 would be many times slower. docs/results.md has our
+    measurements; on Arm we have none, so there it stays off.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+
 def seed_everything(seed: int, epoch: int = 0) -> None:
     """Seed the random generators of Python, NumPy and PyTorch, differently for each epoch.
 

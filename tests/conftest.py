@@ -81,12 +81,12 @@ def trained(small_data_dir, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("trained")
     flags = [f"--out-dir={folder}", f"--data-dir={small_data_dir}", "--device=cpu"]
-    return main(parse_args([*flags, "--epochs=2", "--batch-size=32"]))
+    return main(parse_args([*flags, "--epochs=3", "--batch-size=32"]))
 
 
 @pytest.fixture(scope="session")
 def default_run(data_dir, tmp_path_factory):
-    """The folder of a whole `python train.py`; it takes half a minute."""
+    """The folder of a whole `python train.py`."""
     from train import main, parse_args
 
     folder = tmp_path_factory.mktemp("default")
