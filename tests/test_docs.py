@@ -10,7 +10,7 @@ from conftest import CPU, ROOT, apply, changes
 
 import evaluate
 import train
-from docs import transfer
+from docs import ablation, transfer
 from model import ResNet18
 
 EXERCISES = changes(ROOT / "docs" / "exercises.md")
@@ -97,6 +97,31 @@ def test_pale_ink(solve, small_data_dir):
 def test_another_dataset_or_model_trains(title, start, solve):
     weights = start(solve(title, "train"), "--dry-run")["weights"]
     assert weights["classifier.weight"].shape == (10, 256 if title == "3. Deeper" else 512)
+
+
+def test_the_ablation_ends_with_train_py_itself(data_dir, tmp_path, monkeypatch):
+    """With every ingredient, both train the very same weights, seed by seed."""
+    monkeypatch.setattr("utils.ROOT", data_dir.parent)
+    everything = {ingredient: ingredient != "crop" for ingredient, *_ in ablation.INGREDIENTS}
+    sizes = [1_280, round(ablation.SHARE * 1_280)]
+    model, _ = ablation.train(0, everything, lr=ablation.LR, sizes=sizes)
+    folders = [f"--data-dir={data_dir}", f"--out-dir={tmp_path}"]
+    args = train.parse_args([*folders, "--device=cpu", "--dry-run"])
+    args.epochs = 2
+    expected = torch.load(train.main(args) / "last.pt", weights_only=True)["weights"]
+    assert all(torch.equal(model.state_dict()[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("ingredient", [ingredient for ingredient, *_ in ablation.INGREDIENTS])
+def test_each_ingredient_can_be_left_out_and_matters(ingredient, data_dir, monkeypatch):
+    monkeypatch.setattr("utils.ROOT", data_dir.parent)
+    monkeypatch.setattr(ablation, "is_fast", True)
+    everything = {ingredient: True for ingredient, *_ in ablation.INGREDIENTS}
+    with_it, _ = ablation.train(0, everything, lr=0.01, sizes=[256, 128])
+    without, _ = ablation.train(0, everything | {ingredient: False}, lr=0.01, sizes=[256, 128])
+    before, after = with_it.state_dict(), without.state_dict()
+    same = list(before) == list(after) and all(torch.equal(before[k], after[k]) for k in before)
+    assert not same
 
 
 @pytest.mark.slow
