@@ -64,18 +64,20 @@ def test_another_optimizer(start, solve, data_dir):
 
 
 def test_forget_to_switch(solve, copy, trained, small_data_dir):
-    def accuracy(program):
+    def digits(program):
         model, _ = program.load_model(trained / "best.pt")
         test_set = program.MNISTDataset(small_data_dir, "test")
-        logits, labels = program.predict(model, test_set, CPU)
-        return (logits.argmax(dim=1) == labels).float().mean()
+        logits, _ = program.predict(model, test_set, CPU)
+        return logits.argmax(dim=1)
 
-    switched = accuracy(evaluate)
-    in_fives = accuracy(solve("1. Forget to switch", "evaluate"))
+    switched = digits(evaluate)
+    in_fives = digits(solve("1. Forget to switch", "evaluate"))
     diff = "@@ evaluate.py, predict @@\n-{0}batch_size=5)\n+{0}batch_size=100)\n"
     apply(diff.format("    loader = DataLoader(dataset, "), copy)
-    in_hundreds = accuracy(importlib.reload(sys.modules["evaluate"]))
-    assert in_fives < switched - 0.01 and in_fives < in_hundreds - 0.01
+    in_hundreds = digits(importlib.reload(sys.modules["evaluate"]))
+    changed = (in_fives != switched).float().mean()
+    neighbours = (in_fives != in_hundreds).float().mean()
+    assert changed > 0.02 and neighbours > 0.02
 
 
 def test_does_it_know_what_it_does_not_know(solve, trained, small_data_dir, capsys):
