@@ -1,6 +1,6 @@
 """What does each ingredient of train.py buy? Two tables that answer it.
 
-    python -m docs.ablation   # twenty minutes on two cores; with --validation we chose learning rates
+    python -m docs.ablation   # twenty minutes on two cores; --validation chose the rates
 
 In the first table, a small network trained by plain SGD gets one ingredient more in each row, until
 it has become train.py, and then one more. In the second, each row leaves one out.

@@ -6,6 +6,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -155,9 +156,10 @@ def one_line(result, status, *parts):
 
 
 def blocks(page, language):
-    """The code blocks of a page in one language."""
+    """The code blocks of a page in one language, also those that are indented, in a list."""
     text = page.read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    found = re.findall(rf"^ *```{language}\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
+    return [textwrap.dedent(block) for block in found]
 
 
 def changes(page):

@@ -130,6 +130,15 @@ def test_every_flag_in_the_text_exists():
         assert set(re.findall(r"`(--[a-z-]+)", prose(page))) <= known, page.name
 
 
+def test_several_machines_shows_what_differs_between_the_two_programs():
+    train = (ROOT / "train.py").read_text(encoding="utf-8")
+    distributed = (ROOT / "examples" / "distributed.py").read_text(encoding="utf-8")
+    for diff in blocks(DOCS / "several-machines.md", "diff"):
+        old = [line[1:] for line in diff.splitlines() if line[:1] != "+"]
+        new = [line[1:] for line in diff.splitlines() if line[:1] != "-"]
+        assert "\n".join(old) in train and "\n".join(new) in distributed, diff
+
+
 def test_every_picture_is_shown():
     shown = {
         name
