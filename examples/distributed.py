@@ -136,6 +136,7 @@ def main(args: argparse.Namespace) -> Path | None:  # DDP
         utils.save_checkpoint(run_dir / "last.pt", checkpoint)
         utils.log_images_and_weights(train_log, train_set, order[:40], model.module, step)  # DDP
 
+    dist.barrier()  # DDP: wait for rank 0, because nobody may leave while a message is under way
     dist.destroy_process_group()  # DDP
     if rank > 0:  # DDP
         return None  # DDP
