@@ -237,9 +237,8 @@ def load_checkpoint(path: Path) -> dict:
     checkpoint from a stranger can't run code on your machine.
     """
     if not path.is_file():  # opening a named pipe, say, would wait forever
-        reason = (
-            "isn't a file" if path.exists() else "doesn't exist (a run saves it after every epoch)"
-        )
+        missing = "doesn't exist (a run saves it after every epoch)"
+        reason = "isn't a file" if path.exists() else missing
         raise UserError(f"{relative(path)} {reason}; see --checkpoint and --resume")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -289,9 +288,8 @@ def draw_images(title: str, images: list[Tensor], captions: list[str], columns=1
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         x, y = i % columns, i // columns * 1.3
         edges = (x + 0.04, x + 0.96, y + 0.96, y + 0.04)
-        pixels = (
-            1 - torch.as_tensor(image).movedim(0, -1).numpy()
-        )  # channels last, and ink becomes dark
+        # Matplotlib wants the channels last, and 1 minus a pixel makes ink dark.
+        pixels = 1 - torch.as_tensor(image).movedim(0, -1).numpy()
         axes.imshow(pixels, extent=edges, cmap="grey", vmin=0, vmax=1)
         axes.text(x + 0.5, y + 1, caption, ha="center", va="top", fontsize=9, parse_math=False)
     axes.set(title=title, xlim=(0, columns), ylim=(rows * 1.3, 0))
@@ -343,9 +341,7 @@ def draw_hardest(dataset: Dataset, image_losses: Tensor) -> Figure:
 
 def log_images_and_weights(log, dataset: Dataset, indices: list[int], model, step: int) -> None:
     """Log some images as the dataset augments them, and histograms of weights and gradients."""
-    images = torch.stack(
-        [torch.as_tensor(dataset[i][0]) for i in indices]
-    )  # NumPy arrays are fine too
+    images = torch.stack([torch.as_tensor(dataset[i][0]) for i in indices])
     log.add_images("augmented", images, step)
     for name, weight in model.named_parameters():
         log.add_histogram(f"weights/{name}", weight, step)

@@ -111,7 +111,7 @@ if __name__ == "__main__":
     header = f"| seconds | images/s | accuracy | lowest to highest |\n|{' --- |' * 5}"
     print(f"| we add {header}")
     has = {ingredient: False for ingredient, *_ in INGREDIENTS}
-    measure("(a network of two linear layers, SGD)", has, lr=0.05)
+    measure("(two linear layers, SGD with momentum)", has, lr=0.05)
     for ingredient, name, lr, _ in INGREDIENTS:
         has[ingredient] = True
         measure(name, has, lr)

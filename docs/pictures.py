@@ -199,7 +199,7 @@ def split() -> Figure:
     start = 0
     for size, colour, name, why, y in zip(
         sizes,
-        (BLUE, ORANGE, GREEN),
+        (ORANGE, BLUE, GREEN),
         ("to train on", "to validate on", "to test on"),
         (
             "the weights learn from these",
@@ -239,10 +239,10 @@ def overfitting() -> Figure:
     figure = Figure(figsize=(7, 3.6))
     axes = figure.subplots()
     best = min(curves[1])
-    axes.plot(range(1, 41), curves[1], color=ORANGE)
-    axes.plot(range(1, 41), curves[0], color=BLUE)
-    axes.text(40, curves[1][-1] + 0.05, "validation loss", color=ORANGE, ha="right")
-    axes.text(40, curves[0][-1] + 0.05, "training loss", color=BLUE, ha="right")
+    axes.plot(range(1, 41), curves[1], color=BLUE)
+    axes.plot(range(1, 41), curves[0], color=ORANGE)
+    axes.text(40, curves[1][-1] + 0.05, "validation loss", color=BLUE, ha="right")
+    axes.text(40, curves[0][-1] + 0.05, "training loss", color=ORANGE, ha="right")
     turn = (curves[1].index(best) + 1, best)
     axes.annotate("from here on it overfits", turn, (10, 0.8), arrowprops={"arrowstyle": "->"})
     axes.set(title="Overfitting: better and better at the wrong thing", ylim=(-0.02, 1.2))
