@@ -24,6 +24,8 @@ needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no
 def start(checkout, small_data_dir, tmp_path):
     """Start train.py in its own Python process, and return the process."""
     processes = []
+    # Programs that a shell starts in the background may ignore Ctrl-C. Those we start must not.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def start_python(*command, flags=(), before="", **environment):
         script = [checkout / "train.py", f"--data-dir={small_data_dir}", "--device=cpu"]
@@ -45,6 +47,7 @@ def start(checkout, small_data_dir, tmp_path):
         return process
 
     yield start_python
+    signal.signal(signal.SIGINT, handler)
     for process in processes:
         with process:
             process.kill()
