@@ -1,11 +1,13 @@
 """Test a trained model on images that it has never seen.
 
-    python evaluate.py                             # the newest run
+    python evaluate.py                             # the newest run in checkpoints/
     python evaluate.py --checkpoint RUN/best.pt    # another run
 
-The test set is the exam. train.py never looks at it, and we chose every setting on validation
-images, so the number printed here tells you how the model does on digits that had no part in
-making it. Two pictures are saved beside the checkpoint: the confusion matrix, and the mistakes.
+The test set is the exam. train.py never looks at it, so the number printed here tells you how the
+model does on digits that it has never learnt from. (Choose your settings by validation images, and
+come here last. If you choose by the test set, its score is too good to be true.)
+
+Two pictures are saved beside the checkpoint: the confusion matrix, and the mistakes.
 """
 
 import argparse
@@ -58,7 +60,7 @@ def newest_checkpoint() -> Path:
     return runs[-1]
 
 
-def load_model(path: Path) -> tuple[nn.Module, dict]:
+def load_model(path: Path | str) -> tuple[nn.Module, dict]:
     """Rebuild a trained model from its checkpoint. Returns both, with the model in eval mode.
 
     A checkpoint holds the weights, not the model: first we build the model from code, then we put
@@ -98,7 +100,7 @@ def report(logits: Tensor, labels: Tensor) -> None:
         right = correct[labels == label]
         print(f"{label:5}  {len(right):6,}  {right.sum():7,}  {right.float().mean():8.2%}")
     wrong, total = (~correct).sum().item(), len(labels)
-    print(f"\nTest loss: {F.cross_entropy(logits, labels):.4f}")
+    print(f"\nTest loss: {F.cross_entropy(logits, labels):.4f}")  # without label smoothing
     print(f"Test accuracy: {1 - wrong / total:.2%} ({wrong:,} of {total:,} wrong)")
 
 

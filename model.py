@@ -41,7 +41,7 @@ class CNN(nn.Module):
             raise UserError(
                 f"This CNN takes 1×28×28 images, not {'×'.join(map(str, images.shape[1:]))}"
             )
-        x = (images - self.mean) / self.std  # centre on 0, where layers learn best
+        x = (images - self.mean) / self.std  # mean 0, standard deviation 1
         x = self.block1(x)  # (N, 16, 12, 12)
         x = self.block2(x)  # (N, 32, 10, 10)
         x = self.block3(x)  # (N, 64, 4, 4)
@@ -57,12 +57,13 @@ def conv_block(channels_in: int, channels_out: int, kernel_size=3, pool=False) -
     Here's what each layer contributes:
 
     - A *convolution* slides a small window of weights over the image. At each place it computes a
-      weighted sum, which becomes one pixel of a new channel. We don't pad the border, because
-      MNIST's border is empty anyway. The result has H - kernel_size + 1 rows.
+      weighted sum over all input channels, which becomes one pixel of a new channel. We don't pad
+      the border, because MNIST's border is empty anyway. The result has H - kernel_size + 1 rows.
     - *Max pooling* keeps the largest value in every 2×2 block. That halves height and width, and
       the exact position of a feature matters less.
-    - *Batch norm* gives each channel mean 0 and variance 1 over the batch, then a scale and a
-      shift that are learnt. With it, training tolerates a larger learning rate.
+    - *Batch norm* gives each channel mean 0 and variance 1, over all places in all images of the
+      batch, then a scale and a shift that are learnt. With it, training tolerates a larger
+      learning rate.
     - *ReLU* is max(x, 0). Without some such kink all the layers together could do no more than
       one, because a weighted sum of weighted sums is just another weighted sum.
     """

@@ -4,7 +4,8 @@
     python train.py --help   # everything you can change
 
 Read it from the top. `main` tells the whole story: get the data, build a model, choose a loss and
-an optimizer, and then loop, epoch after epoch (an *epoch* is one pass over the training images).
+an optimizer, and then loop, epoch after epoch. (An *epoch* is one pass over the training images.
+Ours soon skip the ones that have become easy.)
 `train_epoch`, right below it, is the heart of it all: a handful of lines that you'll meet again in
 nearly every PyTorch project.
 """
@@ -77,14 +78,14 @@ def main(args: argparse.Namespace) -> Path:
         first_epoch, best_accuracy = checkpoint["epoch"] + 1, checkpoint["best_accuracy"]
     if args.compile:
         model.compile()
-    options = {"purge_step": step + 1, "flush_secs": 1}  # drop entries newer than the checkpoint
+    options = {"purge_step": step + 1, "flush_secs": 1}  # hide log entries from a lost epoch
     run_dir = utils.open_run_dir(args, device)
     train_log = SummaryWriter(str(run_dir / "training"), **options)
     validation_log = SummaryWriter(str(run_dir / "validation"), **options)
     print("epoch   images  train loss  accuracy  validation loss  accuracy  images/s")
 
     for epoch in range(first_epoch, args.epochs + 1):
-        # Train on the hardest images, in random order.
+        # Train on the hardest images, in random order. Reseeding makes a resumed run draw the same.
         utils.seed_everything(args.seed, epoch)
         hardest = image_losses.topk(epoch_sizes[epoch - 1]).indices
         order = hardest[torch.randperm(len(hardest))].tolist()
@@ -156,9 +157,9 @@ def train_epoch(model, batches, loss_function, optimizer, scheduler, device, log
         if log and step % 10 == 0:
             log.add_scalar("step/loss", loss.item(), step)  # item() waits for the GPU: do it rarely
             log.add_scalar("step/learning_rate", optimizer.param_groups[0]["lr"], step)
-        scheduler.step()
+        scheduler.step()  # the next step's learning rate
         all_losses.append(losses.detach())  # keep the numbers, drop autograd's notes
-        all_correct.append(logits.argmax(dim=1) == labels)
+        all_correct.append(logits.argmax(dim=1) == labels)  # the highest logit is the answer
     losses, accuracy = torch.cat(all_losses).cpu(), torch.cat(all_correct).float().mean().item()
     if log:
         log.add_scalar("epoch/loss", losses.mean().item(), step)
@@ -174,7 +175,8 @@ def build_optimizer(model: nn.Module, lr: float, total_steps: int):
     weights = [w for w in model.parameters() if w.requires_grad]  # leaves out a frozen backbone
     optimizer = torch.optim.AdamW(weights, lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     # One cycle: start slowly while gradients are wild, go fast to get far, and slow down to
-    # almost 0 to settle. Momentum (Adam's beta1) does the opposite, between 0.95 and 0.85.
+    # almost 0 to settle. Momentum (Adam's beta1) does the opposite: OneCycleLR takes it from 0.95
+    # down to 0.85 and back, so the 0.9 above doesn't count.
     total_steps = max(5, total_steps)  # OneCycleLR needs a few steps to go up and down
     return optimizer, OneCycleLR(optimizer, lr, total_steps=total_steps, pct_start=0.4)
 
@@ -198,9 +200,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dry-run", action=switch, default=False, help="try ten steps, to see if everything works")
     add("--data-dir", type=Path, default=utils.ROOT / "data", help="folder with the MNIST files")
     add("--out-dir", type=Path, default=utils.ROOT / "checkpoints", help="folder for runs")
-    add("--resume", nargs="?", const="newest", metavar="RUN", help="resume RUN or the newest run")
+    add("--resume", nargs="?", const="newest", metavar="RUN", help="resume an unfinished run")
 
     # Later settings win: first the model's recipe, then the resumed run's, then the command line.
+    # We parse twice because --model and --resume decide what the other flags' defaults are.
     parser.set_defaults(**RECIPES["cnn"])
     args = parser.parse_args(argv)
     checkpoint, settings = utils.find_run(args.resume, args.out_dir)

@@ -148,7 +148,8 @@ def find_run(name: str | None, out_dir: Path) -> tuple[Path | None, dict]:
             if name != "newest":
                 raise
             print(f"Skipped a run: {error}", file=sys.stderr)
-    finished = f"{name} is finished" if name != "newest" else f"no unfinished run in {out_dir}"
+    where = f"in {out_dir} (see --out-dir)"
+    finished = f"{name} is finished" if name != "newest" else f"no unfinished run {where}"
     raise UserError(f"--resume: {finished}; start a new run without --resume")
 
 
@@ -182,9 +183,9 @@ def print_next_steps(run_dir: Path, data_dir: Path, best_accuracy: float) -> Non
     print(command("python", ROOT / "evaluate.py", "--checkpoint", run_dir / "best.pt", *data))
 
 
-def relative(path: Path) -> str:
+def relative(path: Path | str) -> str:
     """A path the way you'd type it: relative if it's inside the working directory."""
-    path = path.absolute()
+    path = Path(path).absolute()
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
@@ -230,12 +231,14 @@ def is_loadable(path: Path) -> bool:
     return True
 
 
-def load_checkpoint(path: Path) -> dict:
+def load_checkpoint(path: Path | str) -> dict:
     """Load a checkpoint onto the CPU. Raises UserError if it can't be read.
 
     With `weights_only`, torch.load builds nothing but tensors and plain Python values, so a
-    checkpoint from a stranger can't run code on your machine.
+    stranger's checkpoint is far safer to open. (Do keep PyTorch up to date: holes in it have been
+    found before.)
     """
+    path = Path(path)
     if not path.is_file():  # opening a named pipe, say, would wait forever
         missing = "doesn't exist (a run saves it after every epoch)"
         reason = "isn't a file" if path.exists() else missing

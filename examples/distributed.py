@@ -7,8 +7,8 @@ torchrun starts this program several times over. Each process has its own copy o
 learns from its own share of every batch, and before any copy takes a step, all of them average
 their gradients. So they all take the same step, and their weights stay identical.
 
-The lines marked `# DDP` were added or changed; nothing else differs from train.py, and a test
-makes sure of it. docs/several-machines.md explains them one by one.
+The lines marked `# DDP` were added or changed. Nothing else in `main` differs from train.py's, and
+a test makes sure of it. docs/several-machines.md explains them one by one.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def main(args: argparse.Namespace) -> Path | None:  # DDP
     if args.compile:
         model.compile()
     model = DistributedDataParallel(model)  # DDP: averages the gradients of all processes
-    options = {"purge_step": step + 1, "flush_secs": 1}  # drop entries newer than the checkpoint
+    options = {"purge_step": step + 1, "flush_secs": 1}  # hide log entries from a lost epoch
     train_log = None  # DDP
     if rank == 0:  # DDP: only the first process prints, logs and saves
         run_dir = utils.open_run_dir(args, device, PROGRAM)  # DDP
@@ -94,7 +94,7 @@ def main(args: argparse.Namespace) -> Path | None:  # DDP
         print("epoch   images  train loss  accuracy  validation loss  accuracy  images/s")  # DDP
 
     for epoch in range(first_epoch, args.epochs + 1):
-        # Train on the hardest images, in random order.
+        # Train on the hardest images, in random order. Reseeding makes a resumed run draw the same.
         utils.seed_everything(args.seed, epoch)
         hardest = image_losses.topk(epoch_sizes[epoch - 1]).indices
         order = hardest[torch.randperm(len(hardest))].tolist()
