@@ -1,9 +1,10 @@
-"""What does each ingredient of train.py buy? Two tables that answer it.
+"""How much is each ingredient of train.py worth? This prints the two tables of results.md.
 
-    python -m docs.ablation   # twenty minutes on two cores; --validation chose the rates
+    python -m docs.ablation                # twenty minutes on two cores
+    python -m docs.ablation --validation   # on validation images, to choose learning rates
 
-In the first table, a small network trained by plain SGD gets one ingredient more in each row, until
-it has become train.py, and then one more. In the second, each row leaves one out.
+The first table starts with a small network and SGD with momentum, and adds an ingredient per row
+until it has become train.py (and then one more). In the second, each row leaves one ingredient out.
 """
 
 import math
@@ -28,7 +29,9 @@ IMAGES, BATCH_SIZE = 55_000, 128
 SIZES = [IMAGES] + (EPOCHS - 1) * [round(SHARE * IMAGES)]
 device = utils.choose_device("cpu")
 is_fast = utils.is_bfloat16_fast(device)
-INGREDIENTS = [  # setting, name, the learning rate from here on, and that of train.py without it
+# Each ingredient's name in the code and in the table, the learning rate once we've added it, and
+# the learning rate of train.py without it.
+INGREDIENTS = [
     ("cnn", "a CNN", 0.02, 0.01),
     ("batch_norm", "batch norm", 0.02, 0.008),
     ("augment", "augmentation", 0.02, LR),
@@ -38,18 +41,18 @@ INGREDIENTS = [  # setting, name, the learning rate from here on, and that of tr
     ("smooth", "label smoothing", LR, LR),
     ("hard", "hard examples", LR, LR),
     ("bfloat16", "bfloat16", LR, LR),
-    ("crop", "a narrower look (train.py does without)", LR, LR),
+    ("crop", "a narrower look (not in train.py)", LR, LR),
 ]
 
 
 class Network(CNN):
-    """train.py's CNN, or one without batch norm, or one that only sees the middle of an image."""
+    """train.py's CNN, with or without batch norm, looking at the whole image or its middle."""
 
     def __init__(self, batch_norm: bool, crop: bool):
         super().__init__(classes=10)
         self.inside = slice(2, -2) if crop else slice(None)
         if crop:
-            self.block4 = conv_block(64, 128, kernel_size=2)  # 2×2 places are left, as without
+            self.block4 = conv_block(64, 128, kernel_size=2)  # so the result still has 2×2 places
         for block in () if batch_norm else (self.block1, self.block2, self.block3, self.block4):
             block[0] = nn.Conv2d(block[0].in_channels, block[0].out_channels, block[0].kernel_size)
             block[2] = nn.Identity()
@@ -60,19 +63,19 @@ class Network(CNN):
 
 
 def train(seed: int, has: dict[str, bool], lr: float, sizes: list[int]) -> tuple[nn.Module, float]:
-    """Train on `sizes` images per epoch. Returns the model, and the seconds that the loop took."""
+    """Train on `sizes` images per epoch. Returns the model and how many seconds the loop took."""
     utils.seed_everything(seed)
     train_set = MNISTDataset(utils.ROOT / "data", "train")
     train_set.augment = has["augment"]
     if not has["at_once"]:
-        train_set = ConcatDataset([train_set])  # has no __getitems__, so it's asked one by one
+        train_set = ConcatDataset([train_set])  # has no __getitems__, so images come one by one
     if has["cnn"]:
         model = Network(has["batch_norm"], has["crop"])
     else:
         model = nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
     model.to(memory_format=torch.channels_last)
     loss_function = nn.CrossEntropyLoss(label_smoothing=0.1 * has["smooth"], reduction="none")
-    if not has["hard"]:  # as many images, but in whole passes over them
+    if not has["hard"]:  # the same number of images, in passes over the whole set
         sizes = [min(IMAGES, sum(sizes) - i) for i in range(0, sum(sizes), IMAGES)]
     steps = sum(math.ceil(size / BATCH_SIZE) for size in sizes)
     optimizer, scheduler = build_optimizer(model, lr, steps)
@@ -80,7 +83,7 @@ def train(seed: int, has: dict[str, bool], lr: float, sizes: list[int]) -> tuple
         optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4)
         scheduler = OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.4)
     if not has["one_cycle"]:
-        optimizer.param_groups[0] |= {"lr": lr, "initial_lr": lr}  # OneCycleLR has changed them
+        optimizer.param_groups[0] |= {"lr": lr, "initial_lr": lr}  # undo what OneCycleLR set
         scheduler = ConstantLR(optimizer, factor=1)
     image_losses, seconds = torch.zeros(IMAGES), 0.0
     for epoch, size in enumerate(sizes, start=1):
@@ -97,7 +100,7 @@ def train(seed: int, has: dict[str, bool], lr: float, sizes: list[int]) -> tuple
 
 
 def measure(name: str, has: dict[str, bool], lr: float) -> None:
-    """Train with several seeds, and print a row of the table."""
+    """Train with five seeds and print a row of the table."""
     runs = [train(seed, has, lr, SIZES) for seed in range(30, 35)]
     answers = [predict(model, held_out, device) for model, _ in runs]
     accuracies = [(logits.argmax(1) == labels).float().mean().item() for logits, labels in answers]
@@ -109,7 +112,7 @@ def measure(name: str, has: dict[str, bool], lr: float) -> None:
 if __name__ == "__main__":
     held_out = MNISTDataset(utils.ROOT / "data", "validation" if sys.argv[1:] else "test")
     header = f"| seconds | images/s | accuracy | lowest to highest |\n|{' --- |' * 5}"
-    print(f"| we add {header}")
+    print(f"| with {header}")
     has = {ingredient: False for ingredient, *_ in INGREDIENTS}
     measure("(two linear layers, SGD with momentum)", has, lr=0.05)
     for ingredient, name, lr, _ in INGREDIENTS:

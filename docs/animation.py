@@ -1,8 +1,8 @@
-"""The animation in README.md: a digit is being drawn, and the network answers.
+"""Make the animation in README.md: somebody draws a digit, and the network reads it.
 
-    python -m docs.animation   # after a run of train.py; needs selenium, Chromium and chromedriver
+    python -m docs.animation   # run train.py first; needs selenium, Chromium and chromedriver
 
-A browser without a window draws on the page of examples/draw.py, a little further for every frame.
+A headless browser opens the page of examples/draw.py and draws on it, a little more in every frame.
 """
 
 import io
@@ -18,13 +18,14 @@ from selenium import webdriver
 
 from utils import ROOT
 
-# A five as a hand writes it, the bar last. The points (x, y) go from 0 to 1; a corner comes twice.
+# A handwritten five, with the bar drawn last. Points (x, y) go from 0 to 1, and a point that comes
+# twice is a sharp corner.
 STROKES = [
     [(0.4, 0.15), (0.35, 0.44), (0.35, 0.44), (0.5, 0.37), (0.69, 0.46), (0.71, 0.7), (0.56, 0.88)]
     + [(0.4, 0.88), (0.29, 0.79)],
     [(0.39, 0.16), (0.52, 0.165), (0.68, 0.14)],
 ]
-MAPS = [4, 29]  # touched at the end, counting all maps on the page
+MAPS = [4, 29]  # the channels to click at the end, counted from the top of the page
 
 
 def main() -> None:
@@ -45,14 +46,14 @@ def main() -> None:
     finally:
         server.terminate()
     path = ROOT / "docs" / "images" / "draw.gif"
-    colours = pictures[-1].quantize(128, dither=Image.Dither.NONE)  # the same for all frames
+    colours = pictures[-1].quantize(128, dither=Image.Dither.NONE)  # one palette for all frames
     first, *others = [p.quantize(palette=colours, dither=Image.Dither.NONE) for p in pictures]
     first.save(path, save_all=True, append_images=others, duration=durations, loop=0)
     print(f"{path}: {len(pictures)} frames, {path.stat().st_size:,} bytes")
 
 
 def film(browser: webdriver.Chrome) -> Iterator[tuple[Image.Image, int]]:
-    """Draw, and yield pictures of the page, each with the milliseconds to show it for."""
+    """Draw, and yield pictures of the page, each with how many milliseconds to show it."""
     paper, page = (browser.find_element("css selector", name).rect for name in ("#paper", "main"))
 
     def picture() -> Image.Image:
@@ -82,7 +83,7 @@ def film(browser: webdriver.Chrome) -> Iterator[tuple[Image.Image, int]]:
 
 
 def smooth(points: np.ndarray) -> np.ndarray:
-    """Points (N, 2) of a curve, 0.04 apart, that rounds off the corners of the line given.
+    """Round off the corners of a line. Takes and returns points (N, 2), the new ones 0.04 apart.
 
     Source: G. Chaikin, "An algorithm for high-speed curve generation" (1974).
     """

@@ -1,12 +1,12 @@
-"""Measure train.py, and beside it pytorch/examples' mnist: the numbers in README.md and docs/.
+"""Measure train.py and pytorch/examples' mnist: where the numbers in README.md and docs/ come from.
 
     python -m docs.benchmark                              # eight minutes on two cores
     python -m docs.benchmark ../examples/mnist/main.py    # a quarter of an hour
 
-The second command also runs the program that it's given, with that program's own settings, its own
-14 epochs and its own seed. (Get it with `git clone https://github.com/pytorch/examples`.) Half of
-our runs come before it and half after, so that a machine that slows down is fair to both. For Linux
-and macOS. Close other programs first.
+The second command also runs the program that you name, with its own settings: 14 epochs and its
+default seed. (To get it, run `git clone https://github.com/pytorch/examples`.) Half of our runs
+come before it and half after, so if the machine slows down, that's fair to both. This works on
+Linux and macOS. Close other programs first.
 """
 
 import os
@@ -99,7 +99,7 @@ def row(*cells: str) -> None:
 def run(
     *command: object, folder: Path = utils.ROOT
 ) -> tuple[list[tuple[float, str]], float, float]:
-    """Run a Python command. Returns its lines with their times, its seconds, and its peak bytes."""
+    """Run a Python command. Returns its lines with their times, the seconds, and peak memory."""
     start, lines = time.perf_counter(), []
     command = [sys.executable, "-u", *map(str, command)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder) as process:
@@ -113,7 +113,7 @@ def run(
 
 
 def whole_run(seed: int, *command: str) -> dict[str, float]:
-    """`python train.py`, or another command, from start to end, and its test accuracy."""
+    """Run `python train.py`, or another command, from start to finish, and then evaluate it."""
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--seed={seed}", f"--out-dir={folder}", "--device=cpu"
         _, seconds, memory = run(*(command or ("train.py",)), *flags)
@@ -124,7 +124,7 @@ def whole_run(seed: int, *command: str) -> dict[str, float]:
 
 
 def peer_run(program: Path) -> dict:
-    """The same for pytorch/examples' mnist, in a folder that has the data where it expects them."""
+    """The same for pytorch/examples' mnist, in a folder with the data where it expects it."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(utils.ROOT / "data", Path(folder) / "data")
         (Path(folder) / "mnist").mkdir()
@@ -139,7 +139,7 @@ def peer_run(program: Path) -> dict:
 
 
 def loading_speeds() -> dict[str, float]:
-    """Images per second from a DataLoader alone: ours, and what most tutorials do."""
+    """Images per second from a DataLoader alone: with our Dataset, and the usual way."""
     normalise = transforms.Normalize((0.1307,), (0.3081,))
     usual = datasets.MNIST(
         utils.ROOT / "data",
@@ -168,7 +168,7 @@ def seconds(task: Callable) -> float:
 
 
 def training_seconds(name: str, **options: bool) -> float:
-    """Seconds of train_epoch for 2,560 images: the median of five, after one to warm up."""
+    """Seconds that train_epoch takes for 2,560 images: the median of five, after a warm-up."""
     model = build_model(name, 10, **options).to(memory_format=torch.channels_last)
     optimizer, scheduler = build_optimizer(model, 0.001, total_steps=1_000)
     part = Subset(MNISTDataset(utils.ROOT / "data", "train"), range(2_560))

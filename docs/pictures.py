@@ -1,9 +1,9 @@
-"""Draw the pictures of README.md. What they show was computed, not painted.
+"""Draw the pictures in README.md. All the numbers and curves in them are really computed.
 
-    python -m docs.pictures              # all of them, after a run of train.py; three minutes
+    python -m docs.pictures              # all of them, in three minutes; run train.py first
     python -m docs.pictures graph hard   # some of them
 
-The rest are made by examples/look_inside.py (inside.png) and docs/animation.py (draw.gif), and
+The others are made by examples/look_inside.py (inside.png) and docs/animation.py (draw.gif), and
 tensorboard.png is a screenshot.
 """
 
@@ -28,8 +28,8 @@ from examples.handwriting import read_digit
 from train import main, parse_args
 from utils import ROOT, load_checkpoint
 
-# Okabe and Ito's colours, which colour-blind people can tell apart. Seven inches with letters this
-# large can still be read on a phone.
+# Okabe and Ito's colours, which colour-blind people can tell apart. At seven inches wide, letters
+# of this size are still readable on a phone.
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#767676"
 STYLE = {"font.size": 13, "axes.titlesize": 14, "axes.titleweight": "bold", "lines.linewidth": 2.5}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 130}
@@ -219,7 +219,7 @@ def split() -> Figure:
 
 
 def overfitting() -> Figure:
-    """A network with far more weights than it has images to learn from."""
+    """Train a network that has far more weights than images to learn from."""
     torch.manual_seed(0)
     train_set, held_out = (MNISTDataset(ROOT / "data", s) for s in ("train", "validation"))
     train_set.augment = False
@@ -269,7 +269,7 @@ def backbone() -> Figure:
         ha="center",
         color=BLUE,
     )
-    axes.text(9.1, -1.9, "new, starts out random:\nknows our classes", ha="center", color=ORANGE)
+    axes.text(9.1, -1.9, "new, starts out random:\nlearns our classes", ha="center", color=ORANGE)
     return figure
 
 
@@ -291,7 +291,7 @@ def augmented() -> Figure:
 
 
 def eval_mode() -> Figure:
-    """What a network answers for one image among others, in training and in evaluation mode."""
+    """What the network says about one image, in training mode and in evaluation mode."""
     model, checkpoint = load_model(newest_checkpoint())
     dataset = MNISTDataset(ROOT / "data", "validation")
     images, labels = dataset.images / 255, dataset.labels
@@ -340,9 +340,9 @@ def hard() -> Figure:
     bins = torch.linspace(0.5, 3, 51).tolist()
     for part, colour in ((losses[losses < limit], BLUE), (losses[losses >= limit], ORANGE)):
         axes.hist(part.clamp(0.5, 3).numpy(), bins, color=colour)
-    axes.text(0.75, 20_000, f"{1 - share:.0%}: learnt, put away", color=BLUE)
+    axes.text(0.75, 20_000, f"{1 - share:.0%}: learnt, set aside", color=BLUE)
     axes.text(1.1, 2_500, f"the hardest {share:.0%}: practise these", color=ORANGE)
-    axes.set(yscale="log", xlabel="loss after the first epoch (3 means 3 or more)", ylabel="images")
+    axes.set(yscale="log", xlabel="loss when shown in epoch 1 (3 means 3 or more)", ylabel="images")
     axes.set(title="After one epoch, most digits are learnt", ylim=(1, 50_000))
     for axes, colour, chosen, title in zip(
         bottom.subplots(1, 2),

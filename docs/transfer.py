@@ -1,8 +1,10 @@
-"""What do pretrained weights bring, and which way of fine-tuning? See fine-tuning.md.
+"""How much does a pretrained network help, and how best to fine-tune it? See fine-tuning.md.
 
-A ResNet-18 learns the digits 0 to 4; then 5 to 9 are learnt from few images, with its help or not.
+    python -m docs.transfer                # prints the table there, 12 to 20 minutes on two cores
+    python -m docs.transfer --validation   # on validation images, to choose learning rates
 
-    python -m docs.transfer   # on test images; --validation: those that chose the learning rates
+First, a ResNet-18 learns the digits 0 to 4. Then it learns 5 to 9 from a few images of each,
+starting from what it knows or from scratch.
 """
 
 import sys
@@ -18,12 +20,12 @@ from model import ResNet18
 from train import build_optimizer, train_epoch
 from utils import ROOT
 
-SIZE, BATCH_SIZE, SEEDS = 28, 25, 3  # pixels of a side; images a step
-EPOCHS = {10: 30, 50: 15, 500: 5}  # by images of a digit
-RATES = {  # peak learning rates: of 2 to 4 tried, the best on validation images
+SIZE, BATCH_SIZE, SEEDS = 28, 25, 3  # pixels per side, images per step
+EPOCHS = {10: 30, 50: 15, 500: 5}  # images of each digit: epochs
+RATES = {  # peak learning rates; we tried 2 to 4 each, and these did best on validation images
     "from random weights": 0.002,
     "all weights, one rate": 0.002,
-    "all weights, two rates": 0.01,  # the head's; the backbone's is a tenth
+    "all weights, two rates": 0.01,  # for the head; the backbone gets a tenth of it
     "frozen backbone": 0.03,
     "frozen, batch norm not in eval": 0.03,
 }
@@ -31,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 def five_digits(split: str, first: int, count: int | None = None) -> MNISTDataset:
-    """The digits from `first` on, as classes 0 to 4; of each `count` images, or all."""
+    """Five digits, starting with `first`, as classes 0 to 4: `count` images of each, or all."""
     dataset = MNISTDataset(ROOT / "data", split)
     order = torch.randperm(len(dataset))
     digits = [order[dataset.labels[order] == digit][:count] for digit in range(first, first + 5)]
@@ -41,17 +43,17 @@ def five_digits(split: str, first: int, count: int | None = None) -> MNISTDatase
 
 
 def learn(way: str, dataset: MNISTDataset, epochs: int, backbone=None) -> ResNet18:
-    """A new model of five digits, in one of the ways; `backbone` has learnt five others."""
+    """Train a new model on five digits, one `way` or another; `backbone` knows five others."""
     model = ResNet18(5, freeze_backbone="frozen" in way, size=SIZE)
     if way != "from random weights":
         model.backbone.load_state_dict(backbone.state_dict())
     if "not in eval" in way:
-        model.freeze_backbone = False  # for model.train(); its weights still want no gradient
+        model.freeze_backbone = False  # train() reaches its batch norm; its weights stay frozen
 
     loader = DataLoader(dataset, BATCH_SIZE, shuffle=True)
     lr, steps = RATES[way], epochs * len(loader)
     optimizer, scheduler = build_optimizer(model, lr, steps)
-    if "two rates" in way:  # parameter groups, each with a learning rate of its own
+    if "two rates" in way:  # parameter groups, each with its own learning rate
         parts = [(model.backbone, lr / 10), (model.head, lr)]
         groups = [{"params": list(part.parameters()), "lr": rate} for part, rate in parts]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
@@ -64,17 +66,17 @@ def learn(way: str, dataset: MNISTDataset, epochs: int, backbone=None) -> ResNet
 
 if __name__ == "__main__":
     held_out = five_digits("validation" if "--validation" in sys.argv else "test", first=5)
-    rights = {way: dict.fromkeys(EPOCHS, 0.0) for way in RATES}
+    accuracies = {way: dict.fromkeys(EPOCHS, 0.0) for way in RATES}
     for seed in range(SEEDS):
         torch.manual_seed(seed)
         known = learn("from random weights", five_digits("train", first=0), epochs=1).backbone
         for count, epochs in EPOCHS.items():
             few = five_digits("train", 5, count)
-            for way, row in rights.items():
+            for way, row in accuracies.items():
                 model = learn(way, few, epochs, known)
                 logits, labels = predict(model, held_out, CPU)
-                right = (logits.argmax(dim=1) == labels).float().mean().item()
-                print(f"seed {seed}, {count} images, {way}: {right:.2%}", flush=True)
-                row[count] += right / SEEDS
-    for way, row in rights.items():
-        print(f"| {way} | " + " | ".join(f"{right:.1%}" for right in row.values()) + " |")
+                accuracy = (logits.argmax(dim=1) == labels).float().mean().item()
+                print(f"seed {seed}, {count} images, {way}: {accuracy:.2%}", flush=True)
+                row[count] += accuracy / SEEDS
+    for way, row in accuracies.items():
+        print(f"| {way} | " + " | ".join(f"{mean:.1%}" for mean in row.values()) + " |")
