@@ -1,9 +1,9 @@
-"""How much is each ingredient of train.py worth? This prints the two tables of results.md.
+"""How much is each ingredient of train.py worth? This prints the two tables in results.md.
 
     python -m docs.ablation                # twenty minutes on two cores
     python -m docs.ablation --validation   # on validation images, to choose learning rates
 
-The first table starts with a small network and SGD with momentum, and adds an ingredient per row
+The first table starts with a small network and SGD with momentum, and adds one ingredient per row
 until it has become train.py (and then one more). In the second, each row leaves one ingredient out.
 """
 
@@ -46,13 +46,13 @@ INGREDIENTS = [
 
 
 class Network(CNN):
-    """train.py's CNN, with or without batch norm, looking at the whole image or its middle."""
+    """train.py's CNN, with or without batch norm, looking at the whole image or only its middle."""
 
     def __init__(self, batch_norm: bool, crop: bool):
         super().__init__(classes=10)
         self.inside = slice(2, -2) if crop else slice(None)
         if crop:
-            self.block4 = conv_block(64, 128, kernel_size=2)  # so the result still has 2×2 places
+            self.block4 = conv_block(64, 128, kernel_size=2)  # so the output is still 2×2
         for block in () if batch_norm else (self.block1, self.block2, self.block3, self.block4):
             block[0] = nn.Conv2d(block[0].in_channels, block[0].out_channels, block[0].kernel_size)
             block[2] = nn.Identity()
@@ -83,7 +83,8 @@ def train(seed: int, has: dict[str, bool], lr: float, sizes: list[int]) -> tuple
         optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4)
         scheduler = OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.4)
     if not has["one_cycle"]:
-        optimizer.param_groups[0] |= {"lr": lr, "initial_lr": lr}  # undo what OneCycleLR set
+        # Undo the learning rate that OneCycleLR set. Its momentum of 0.95 stays.
+        optimizer.param_groups[0] |= {"lr": lr, "initial_lr": lr}
         scheduler = ConstantLR(optimizer, factor=1)
     image_losses, seconds = torch.zeros(IMAGES), 0.0
     for epoch, size in enumerate(sizes, start=1):

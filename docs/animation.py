@@ -18,8 +18,8 @@ from selenium import webdriver
 
 from utils import ROOT
 
-# A handwritten five, with the bar drawn last. Points (x, y) go from 0 to 1, and a point that comes
-# twice is a sharp corner.
+# A handwritten five, with the bar drawn last. Points (x, y) go from 0 to 1, and a point given twice
+# makes a sharp corner.
 STROKES = [
     [(0.4, 0.15), (0.35, 0.44), (0.35, 0.44), (0.5, 0.37), (0.69, 0.46), (0.71, 0.7), (0.56, 0.88)]
     + [(0.4, 0.88), (0.29, 0.79)],
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def film(browser: webdriver.Chrome) -> Iterator[tuple[Image.Image, int]]:
-    """Draw, and yield pictures of the page, each with how many milliseconds to show it."""
+    """Draw, and yield pictures of the page, each with its duration in milliseconds."""
     paper, page = (browser.find_element("css selector", name).rect for name in ("#paper", "main"))
 
     def picture() -> Image.Image:
@@ -83,7 +83,7 @@ def film(browser: webdriver.Chrome) -> Iterator[tuple[Image.Image, int]]:
 
 
 def smooth(points: np.ndarray) -> np.ndarray:
-    """Round off the corners of a line. Takes and returns points (N, 2), the new ones 0.04 apart.
+    """Round off the corners of a line. Takes and returns points (N, 2), the new ones evenly spaced.
 
     Source: G. Chaikin, "An algorithm for high-speed curve generation" (1974).
     """

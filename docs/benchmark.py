@@ -1,12 +1,12 @@
-"""Measure train.py and pytorch/examples' mnist: where the numbers in README.md and docs/ come from.
+"""Measure train.py and pytorch/examples' mnist, for the tables in README.md and docs/.
 
     python -m docs.benchmark                              # eight minutes on two cores
     python -m docs.benchmark ../examples/mnist/main.py    # a quarter of an hour
 
 The second command also runs the program that you name, with its own settings: 14 epochs and its
-default seed. (To get it, run `git clone https://github.com/pytorch/examples`.) Half of our runs
-come before it and half after, so if the machine slows down, that's fair to both. This works on
-Linux and macOS. Close other programs first.
+default seed. (To get it, run `git clone https://github.com/pytorch/examples ../examples`.) Half of
+our default runs come before it and half after, so a machine that slows down is fair to both. This
+works on Linux and macOS. Close other programs first.
 """
 
 import os
@@ -61,17 +61,17 @@ def main() -> None:
     }
     if peer:
         programs["pytorch/examples' mnist, 1 seed"] = [peer]
-        programs["the same until 99% of the test images are right"] = [peer["to 99"]]
+        programs["the same, until it gets 99% of the test images right"] = [peer["to 99"]]
     for name, results in programs.items():
         accuracies = [result["accuracy"] for result in results]
         spread = f"{min(accuracies):.2f}% to {max(accuracies):.2f}%"
         memory = f"{max(result['memory'] for result in results) / 1e9:.2f}"
         row(name, f"{typical(results):.1f}", f"{mean(accuracies):.3f}%", spread, memory)
     if peer:
-        table("of the other program's time", "we take")
+        table("run", "our time / the other program's")
         row("whole run", f"1/{peer['seconds'] / typical(runs):.1f}")
         row("whole run in float32", f"1/{peer['seconds'] / typical(float32):.1f}")
-        row("until 99% are right", f"1/{peer['to 99']['seconds'] / typical(quick):.1f}")
+        row("one epoch, against its 99%", f"1/{peer['to 99']['seconds'] / typical(quick):.1f}")
 
     table("loading alone", "images per second")
     for name, speed in loading_speeds().items():
@@ -99,7 +99,7 @@ def row(*cells: str) -> None:
 def run(
     *command: object, folder: Path = utils.ROOT
 ) -> tuple[list[tuple[float, str]], float, float]:
-    """Run a Python command. Returns its lines with their times, the seconds, and peak memory."""
+    """Run a Python command. Returns its lines with their times, its duration and peak memory."""
     start, lines = time.perf_counter(), []
     command = [sys.executable, "-u", *map(str, command)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder) as process:

@@ -1,4 +1,4 @@
-"""Draw the pictures in README.md. All the numbers and curves in them are really computed.
+"""Draw the pictures in README.md. Their curves and values are computed, not made up.
 
     python -m docs.pictures              # all of them, in three minutes; run train.py first
     python -m docs.pictures graph hard   # some of them
@@ -114,7 +114,7 @@ def valley() -> Figure:
 
 
 def loop() -> Figure:
-    title = "All of training: show, measure, blame, nudge, repeat"
+    title = "The heart of training: show, measure, blame, nudge"
     figure, axes = canvas(4.3, title, (-4.4, 4.4), (-2.4, 2.75))
     steps = [
         ("a batch of images\nand labels", 0, 2.2, GREY),
@@ -176,7 +176,7 @@ def window() -> Figure:
     image[:, 2] = 1
     stroke = torch.tensor([[-1.0, 2, -1]] * 3)
     output = nn.functional.conv2d(image[None, None], stroke[None, None])[0, 0]
-    title = "A filter slides over the image, one weighted sum per place"
+    title = "A filter slides over the image, one weighted sum per position"
     figure, axes = canvas(3.0, title, (-0.2, 16.2), (-5.2, 1.2))
     axes.set_aspect("equal")
     cells(axes, image, 0, 0)
@@ -203,7 +203,7 @@ def split() -> Figure:
         ("to train on", "to validate on", "to test on"),
         (
             "the weights learn from these",
-            "we choose settings by these",
+            "we choose settings with these",
             "the exam, at the very end",
         ),
         (0.75, -1.5, 0.75),

@@ -1,10 +1,10 @@
 """How much does a pretrained network help, and how best to fine-tune it? See fine-tuning.md.
 
-    python -m docs.transfer                # prints the table there, 12 to 20 minutes on two cores
+    python -m docs.transfer                # prints its table; 12 to 20 minutes on two cores
     python -m docs.transfer --validation   # on validation images, to choose learning rates
 
-First, a ResNet-18 learns the digits 0 to 4. Then it learns 5 to 9 from a few images of each,
-starting from what it knows or from scratch.
+First, a ResNet-18 learns the digits 0 to 4. Then another one learns 5 to 9 from a few images of
+each, starting from the first one's weights or from scratch.
 """
 
 import sys
@@ -43,12 +43,12 @@ def five_digits(split: str, first: int, count: int | None = None) -> MNISTDatase
 
 
 def learn(way: str, dataset: MNISTDataset, epochs: int, backbone=None) -> ResNet18:
-    """Train a new model on five digits, one `way` or another; `backbone` knows five others."""
+    """Train a new model on five digits in the given `way`; `backbone` has learnt the other five."""
     model = ResNet18(5, freeze_backbone="frozen" in way, size=SIZE)
     if way != "from random weights":
         model.backbone.load_state_dict(backbone.state_dict())
     if "not in eval" in way:
-        model.freeze_backbone = False  # train() reaches its batch norm; its weights stay frozen
+        model.freeze_backbone = False  # train() now reaches the batch norm; the weights stay frozen
 
     loader = DataLoader(dataset, BATCH_SIZE, shuffle=True)
     lr, steps = RATES[way], epochs * len(loader)
@@ -76,7 +76,7 @@ if __name__ == "__main__":
                 model = learn(way, few, epochs, known)
                 logits, labels = predict(model, held_out, CPU)
                 accuracy = (logits.argmax(dim=1) == labels).float().mean().item()
-                print(f"seed {seed}, {count} images, {way}: {accuracy:.2%}", flush=True)
+                print(f"seed {seed}, {count} images per digit, {way}: {accuracy:.2%}", flush=True)
                 row[count] += accuracy / SEEDS
     for way, row in accuracies.items():
         print(f"| {way} | " + " | ".join(f"{mean:.1%}" for mean in row.values()) + " |")

@@ -1,4 +1,4 @@
-"""What several test files need. No test needs a network, and none writes into the checkout."""
+"""What several test files need. No test needs the internet or writes into the project itself."""
 
 import os
 import re
@@ -49,7 +49,7 @@ def data_dir(checkout):
 
 @pytest.fixture(scope="session")
 def small_data_dir(data_dir, tmp_path_factory):
-    """The first 1,200 training and 500 test images of MNIST, for what would take too long."""
+    """MNIST's first 1,200 training and 500 test images, for tests that need to be quick."""
     from dataset import read_idx
 
     folder, raw = tmp_path_factory.mktemp("small_data"), data_dir / "MNIST" / "raw"
@@ -63,7 +63,7 @@ def small_data_dir(data_dir, tmp_path_factory):
 
 @pytest.fixture
 def train(small_data_dir, tmp_path):
-    """Train on few images in this process; gives the run's folder, in tmp_path / name."""
+    """Train on a few images in this process; returns the run's folder, in tmp_path / name."""
     import train as script
 
     def start(*flags, name="runs"):
@@ -77,7 +77,7 @@ def train(small_data_dir, tmp_path):
 
 @pytest.fixture(scope="session")
 def trained(small_data_dir, tmp_path_factory):
-    """The folder of a finished run on few images."""
+    """The folder of a finished run on a few images."""
     from train import main, parse_args
 
     folder = tmp_path_factory.mktemp("trained")
@@ -87,7 +87,7 @@ def trained(small_data_dir, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def default_run(data_dir, tmp_path_factory):
-    """The folder of a whole `python train.py`."""
+    """The folder of a full run of `python train.py`."""
     from train import main, parse_args
 
     folder = tmp_path_factory.mktemp("default")
@@ -112,7 +112,7 @@ def run(checkout, tmp_path):
 
 @pytest.fixture
 def run_here(checkout, tmp_path, monkeypatch, capfd):
-    """Like `run`, but in this process: it saves the seconds of starting Python and torch."""
+    """Like `run`, but in this process, which saves the time it takes to start Python and torch."""
 
     def run_script(name, *flags):
         monkeypatch.setattr(sys, "argv", [str(checkout / name), *map(str, flags)])
@@ -131,9 +131,9 @@ def run_here(checkout, tmp_path, monkeypatch, capfd):
 
 @pytest.fixture
 def offline(monkeypatch):
-    """No network, even where there is one."""
+    """No internet, even where there's a connection."""
     for name in ("http_proxy", "https_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
     monkeypatch.setattr("urllib.request._opener", None)  # it would remember the proxies
 
 
@@ -144,7 +144,7 @@ def contents(*folders):
 
 
 def one_line(result, status, *parts):
-    """Check that a script ended with a status and one line on standard error that has the parts."""
+    """Check a script's exit status, and that its one line on standard error contains the parts."""
     assert result.returncode == status, result.stderr
     lines = [line for line in result.stderr.splitlines() if not line.startswith(("usage:", " "))]
     assert len(lines) == 1, result.stderr  # argparse prints its usage first
@@ -156,7 +156,7 @@ def one_line(result, status, *parts):
 
 
 def blocks(page, language):
-    """The code blocks of a page in one language, also those that are indented, in a list."""
+    """A list of a page's code blocks in one language, including the indented ones."""
     text = page.read_text(encoding="utf-8")
     found = re.findall(rf"^ *```{language}\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
     return [textwrap.dedent(block) for block in found]
@@ -179,7 +179,7 @@ def code_of(line):
 def apply(diff, folder):
     """Change a copy of the project as a diff says; "@@ file, place @@" begins each of its parts.
 
-    Comments and blank lines needn't match, so that rewording one turns no test red.
+    Comments and blank lines needn't match, so rewording one doesn't break a test.
     """
     for name, part in re.findall(r"^@@ (\S+?\.py).*? @@\n((?:[-+ ].*\n|\n)+)", diff, re.MULTILINE):
         lines = (folder / name).read_text(encoding="utf-8").splitlines()
@@ -188,7 +188,7 @@ def apply(diff, folder):
         edits = [(line[:1], line[1:]) for line in part.splitlines()]
         old = [code_of(line) for sign, line in edits if sign != "+" and code_of(line)]
         places = [i for i in range(len(code)) if code[i : i + len(old)] == old]
-        assert len(places) == 1, f"{len(places)} times in {name}:\n{part}"
+        assert len(places) == 1, f"found {len(places)} times in {name}:\n{part}"
 
         at, new = numbers[places[0]], []
         numbers = iter(numbers[places[0] :])
@@ -206,7 +206,7 @@ def apply(diff, folder):
 
 @pytest.fixture
 def copy(checkout, tmp_path, monkeypatch):
-    """A copy of the project, to be changed; what is imported comes from there."""
+    """A copy of the project to change; imports come from it."""
     folder = tmp_path / "copy"
     shutil.copytree(checkout, folder, ignore=shutil.ignore_patterns("MNIST", "checkpoints"))
     names = [path.stem for path in ROOT.glob("*.py")]

@@ -44,8 +44,8 @@ def test_samples_have_the_documented_form(sets, split):
     assert images.min() == 0 and 0.9 < images.max() <= 1.001
 
 
-def test_images_and_labels_match_torchvision(sets, data_dir, tmp_path):
-    shutil.copytree(data_dir, tmp_path / "data")  # torchvision unpacks the files beside themselves
+def test_images_and_test_labels_match_torchvisions(sets, data_dir, tmp_path):
+    shutil.copytree(data_dir, tmp_path / "data")  # torchvision unpacks next to the .gz files
     test, train = (datasets.MNIST(tmp_path / "data", train, download=True) for train in (0, 1))
     assert torch.equal(sets["test"].images[:, 0], test.data)
     assert torch.equal(sets["test"].labels, test.targets)
@@ -97,7 +97,7 @@ def test_the_dataset_works_with_a_loader_a_subset_and_workers(sets):
 
 
 def copy_packed(small_data_dir, folder):
-    """The small data, as .gz files directly in a folder."""
+    """The small data set, as .gz files directly in a folder."""
     folder.mkdir(parents=True)
     for path in small_data_dir.rglob("*-ubyte"):
         (folder / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))

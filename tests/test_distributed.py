@@ -19,12 +19,12 @@ from dataset import MNISTDataset
 from evaluate import load_model, predict
 from examples import distributed
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs libuv there")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="on Windows, torchrun needs libuv")
 
 
 @pytest.fixture
 def torchrun():
-    """Start torchrun with some words behind it; gives the process."""
+    """Start torchrun with some arguments, and return the process."""
     running = []
 
     def start(*words):
@@ -106,7 +106,7 @@ def test_two_processes_train_one_model(torchrun, flags, tmp_path, small_data_dir
     model, _ = load_model(run_dir / "best.pt")
     logits, labels = predict(model, MNISTDataset(small_data_dir, "train"), CPU)
     losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    # Each image's loss has arrived at its own place, so it's also hard for the saved model.
+    # Each loss was stored for the right image, so it correlates with the saved model's loss.
     assert torch.corrcoef(torch.stack([image_losses, losses]))[0, 1] > 0.2
     logits, labels = predict(model, MNISTDataset(small_data_dir, "validation"), CPU)
     assert accuracy == f"{100 * (logits.argmax(dim=1) == labels).float().mean():.2f}"
@@ -114,7 +114,7 @@ def test_two_processes_train_one_model(torchrun, flags, tmp_path, small_data_dir
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_exactly_in_two_processes_and_also_in_one(torchrun, flags, tmp_path):
+def test_a_killed_run_resumes_exactly_in_two_processes_and_ends_in_one(torchrun, flags, tmp_path):
     program = ["--nproc-per-node=2", "-m", "examples.distributed", *flags, "--epochs=8"]
     finish(torchrun(*program, f"--out-dir={tmp_path / 'whole'}"))
     process = torchrun(*program, f"--out-dir={tmp_path / 'killed'}")

@@ -1,4 +1,4 @@
-"""docs/ keeps its word: the checks of the exercises hold, and transfer.py does what it says."""
+"""docs/ keeps its word: exercises' checks hold; ablation.py and transfer.py do what they say."""
 
 import importlib
 import re
@@ -29,7 +29,7 @@ def solve(copy):
 
 @pytest.fixture
 def start(small_data_dir, tmp_path):
-    """Train on few images with a `train` module; gives the last checkpoint."""
+    """Train on a few images with a `train` module; returns the last checkpoint."""
 
     def train_and_load(module, *flags, data_dir=small_data_dir):
         folders = [f"--data-dir={data_dir}", f"--out-dir={tmp_path / 'runs'}", "--device=cpu"]
@@ -101,8 +101,8 @@ def test_another_dataset_or_model_trains(title, start, solve):
     assert weights["classifier.weight"].shape == (10, 256 if title == "3. Deeper" else 512)
 
 
-def test_the_ablation_ends_with_train_py_itself(data_dir, tmp_path, monkeypatch):
-    """With every ingredient, both train the very same weights, seed by seed."""
+def test_all_ingredients_but_the_crop_make_train_py(data_dir, tmp_path, monkeypatch):
+    """With every ingredient but the crop, both end up with exactly the same weights."""
     monkeypatch.setattr("utils.ROOT", data_dir.parent)
     everything = {ingredient: ingredient != "crop" for ingredient, *_ in ablation.INGREDIENTS}
     sizes = [1_280, round(ablation.SHARE * 1_280)]

@@ -60,12 +60,12 @@ def drawing(digit):
 
 
 def serve(checkpoint, *flags):
-    """Run main in a thread, with a text browser: it returns when it has got the page."""
+    """Run main in a thread, with a text browser. Returns once the browser has got the page."""
     opened = Queue()
 
     def text_browser(address):
         opened.put((address, urllib.request.urlopen(address, timeout=5).read()))
-        time.sleep(1000)  # somebody reads it
+        time.sleep(1000)  # somebody's reading it
 
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
@@ -88,7 +88,7 @@ def served(tmp_path_factory):
 
 @pytest.fixture
 def ask(served, capsys):
-    """Ask the server something; at the end, check that none of it made a traceback."""
+    """Ask the server something; at the end, check that nothing caused a traceback."""
 
     def ask(method, path, body=None, **headers):
         connection = http.client.HTTPConnection("127.0.0.1", served[0], timeout=10)
@@ -179,7 +179,7 @@ def test_a_strange_length_is_refused_unread(ask, length):
     assert ask("POST", "/read", b"", Content_Length=length)[0] == 413
 
 
-def test_a_client_may_vanish_in_the_middle(served, ask):
+def test_a_client_may_vanish_mid_request(served, ask):
     head = b"POST /read HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n"
     for part in (b"", b"POST /re", head):
         with socket.create_connection(("127.0.0.1", served[0])) as client:
@@ -236,7 +236,7 @@ WAIT = {"type": "pause"}
 
 
 def move(x, y):
-    """Move to a point well inside the paper: an action in WebDriver's words, as those below."""
+    """Move to a point well inside the paper: an action in WebDriver's format, like those below."""
     place = {"x": 50 + round(280 * x), "y": 120 + round(280 * y)}
     return {"type": "pointerMove", "duration": 10, **place}
 
@@ -253,7 +253,7 @@ def hand(strokes, kind="touch"):
 
 
 def act(browser, *devices):
-    """Let devices act at once, tick by tick; then return the page's answer."""
+    """Have devices act together, tick by tick; then return the page's answer."""
     browser.execute("actions", {"actions": [*devices]})
     while browser.execute_script("return asking || changed"):
         time.sleep(0.01)

@@ -1,7 +1,7 @@
 """Reading photos of handwriting: digits drawn as smooth strokes, with any pen, on any paper.
 
-The quick tests compare what `read_digit` returns with the same strokes drawn directly into 28×28
-pixels. The slow one lets the network of a default run read a few hundred pictures.
+Most tests compare what `read_digit` returns with the same strokes drawn directly into 28×28 pixels.
+One slow test has a default run's network read about a thousand pictures.
 """
 
 import io
@@ -61,7 +61,7 @@ def strokes(digit, rng):
 
 
 def ink(lines, size, height, pen, at=None):
-    """How much ink is where, from 0 to 1: (H, W), for an image of a size (W, H)."""
+    """How much ink is where, from 0 to 1: (H, W), for an image of size (W, H)."""
     scale = 8 if max(size) < 400 else 4 if max(size) < 1200 else 2
     image = Image.new("L", (size[0] * scale, size[1] * scale))
     draw = ImageDraw.Draw(image)
@@ -83,7 +83,7 @@ def photo(lines, rng, size=(480, 400), height=None, pen=None, **what):
 
     `what` can be: colours (`dark`, `paper`), `noise`, `blur`; `light`: gradient, flash, or how many
     pixels wide the edge of a shadow is; `rule`: 1 for lined, 2 for squared paper; an `underline`, a
-    `frame`, a `grid`; `tables`: on how many sides the paper ends; a `finger`; `at_border`.
+    `frame`, a `grid`; `tables`: on how many sides the paper ends; a `finger`; `at_border`; `tilt`.
     """
     width, tall = size
     height = height or rng.uniform(0.3, 0.5) * tall
@@ -156,7 +156,7 @@ def cropped(lines, rng, pen):
 
 
 def kinds():
-    """Each kind of picture: a function that makes one of a digit's strokes and a generator."""
+    """Each kind of picture, with a function that draws one from a digit's strokes and an rng."""
     found = {}
     for size in ((280, 280), (640, 480), (1152, 648), (600, 900)):
         for share in (0.002, 0.01, 0.05, 0.17):  # of the shorter side
@@ -180,12 +180,12 @@ def kinds():
         "soft shadow": {"light": 40},
         "hard shadow": {"light": 3},
         "flash": {"light": "flash"},
-        "table on a side": {"tables": 1},
+        "table on one side": {"tables": 1},
         "table on two sides": {"tables": 2},
         "finger": {"finger": True},
         "touches the border": {"at_border": True, "pen": 14},
         "red on yellow": {"dark": (200, 30, 30), "paper": (250, 240, 150), **plain},
-        "red on equal blue": {"dark": (200, 60, 60), "paper": (60, 70, 250), **plain},
+        "red on similarly bright blue": {"dark": (200, 60, 60), "paper": (60, 70, 250), **plain},
         "chalk on a board": {"dark": (240, 240, 235), "paper": (30, 80, 60), **plain},
         "pale pencil": {"dark": (170, 170, 175), "paper": (235, 235, 230), **plain},
         "noisy": {"dark": (30,) * 3, "paper": (220,) * 3, "noise": 25, "pen": 20},
@@ -256,7 +256,7 @@ def test_a_picture_of_any_kind_becomes_the_digit_as_mnist_would_have_it(kind):
 
 @pytest.mark.slow
 def test_a_trained_network_reads_every_kind(default_run):
-    """By weights that differ between machines, so the limit is lower than what was measured."""
+    """The weights differ between machines, so the limit is lower than what we measured."""
     model, _ = load_model(default_run / "best.pt")
     number, right = int(os.environ.get("PICTURES_OF_A_KIND", 20)), {}
     for kind, make in KINDS.items():
@@ -302,7 +302,7 @@ def test_specks_are_ignored_and_a_detached_bar_is_kept():
     assert likeness(*digits) > 0.97 and digits[0][0, :7, 15:].max() > 0.9
 
 
-def test_two_digits_are_not_guessed_at_and_an_empty_page_is_empty():
+def test_two_digits_are_not_guessed_at_and_an_empty_page_is_noticed():
     both = Image.new("L", (600, 300), 255)
     for i in range(2):
         both.paste(
@@ -332,7 +332,7 @@ def test_a_photo_taken_sideways_is_turned_upright(seven, odd, tmp_path):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_pixel_formats_are_read(seven, kind, tmp_path):
+def test_raster_formats_are_read(seven, kind, tmp_path):
     try:
         seven.convert("RGB").save(
             tmp_path / f"7.{kind}", **({"sizes": [(128, 128)]} if kind == "ico" else {})

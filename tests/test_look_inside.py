@@ -1,4 +1,4 @@
-"""What examples/look_inside.py shows of a network is what that computes."""
+"""What examples/look_inside.py shows of a network is what the network computes."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ class Deeper(CNN):
 
 @pytest.fixture
 def start(tmp_path, small_data_dir, monkeypatch):
-    """Look into a model; gives the texts of the picture, from top to bottom."""
+    """Look inside a model, and return the figure."""
 
     def look_inside_model(model, name):
         figures = []
@@ -42,7 +42,7 @@ def start(tmp_path, small_data_dir, monkeypatch):
 
 
 @pytest.mark.parametrize("kind, blocks", [(CNN, 4), (Deeper, 5)])
-def test_any_number_of_blocks_is_shown(start, kind, blocks, capsys):
+def test_any_number_of_blocks_can_be_shown(start, kind, blocks, capsys):
     torch.manual_seed(0)
     titles = [axes.get_title() for axes in start(kind(10), "cnn").axes]
     names = [f"block{i}" for i in range(1, blocks + 1)] + ["classifier"]
@@ -74,6 +74,6 @@ def test_outputs_are_what_the_parts_compute(small_data_dir):
         assert torch.equal(outputs["classifier"], model(image[None])[0])
 
 
-def test_a_model_without_channels_to_show_is_explained(start):
+def test_a_model_without_channels_to_show_gets_an_explanation(start):
     with pytest.raises(utils.UserError, match="resnet18"):
         start(ResNet18(10), "resnet18")

@@ -54,7 +54,7 @@ def test_resnet_takes_colour_images_of_any_size():
     assert model(torch.rand(2, 3, 40, 32)).shape == (2, 5)
 
 
-def test_the_cnn_normalises_with_mean_and_deviation_of_the_training_images(data_dir):
+def test_the_cnn_normalises_with_the_mean_and_std_of_mnists_60_000_images(data_dir):
     images = torch.cat([MNISTDataset(data_dir, s).images for s in ("train", "validation")]).double()
     model = CNN(classes=10)
     assert round(images.mean().item() / 255, 4) == pytest.approx(model.mean.item())

@@ -1,4 +1,4 @@
-"""examples/photos.py learns people's own photos, and copes with the folders that people have."""
+"""examples/photos.py learns from people's own photos, however untidy their folders."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ def start(*flags):
 
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory):
-    """A folder that the program was trained on, with files in it that aren't photos."""
+    """A folder that a network was trained on, with files in it that aren't photos."""
     folder = write(tmp_path_factory.mktemp("photos") / "my.photos", cat=12, dog=12)
     (folder / "dog" / "cut.jpg").write_bytes((folder / "dog" / "0.jpg").read_bytes()[:500])
     (folder / "dog" / "notes.txt").write_text("not a photo")
@@ -60,7 +60,7 @@ def test_it_learns_and_leaves_out_what_cannot_be_read(learnt):
         assert picture.width > 500
 
 
-def test_a_damaged_file_does_not_stop_other_photos_being_classified(learnt, tmp_path, capsys):
+def test_a_missing_file_does_not_stop_other_photos_being_classified(learnt, tmp_path, capsys):
     write(tmp_path, cat=1, dog=1)
     cat, dog, missing = tmp_path / "cat" / "0.jpg", tmp_path / "dog" / "0.jpg", tmp_path / "no.jpg"
     with pytest.raises(utils.UserError, match="1 of 3"):
@@ -71,7 +71,7 @@ def test_a_damaged_file_does_not_stop_other_photos_being_classified(learnt, tmp_
     assert str(missing) in err
 
 
-def test_evaluate_refuses_its_network_and_it_refuses_other_networks(learnt, tmp_path):
+def test_evaluate_refuses_a_photo_network_and_photos_refuses_any_other(learnt, tmp_path):
     from evaluate import load_model
 
     with pytest.raises(utils.UserError, match="photos"):
@@ -185,7 +185,7 @@ def test_the_mistakes_are_shown_with_the_predicted_class():
 
 
 @pytest.mark.usefixtures("untrained")
-def test_where_the_network_goes(tmp_path, monkeypatch):
+def test_where_the_network_is_saved(tmp_path, monkeypatch):
     folder = write(tmp_path / "photos", cat=2, dog=2)
     monkeypatch.setattr(photos, "read_photos", None)  # it stops before it reads photos
     with pytest.raises(utils.UserError, match="Can't write to .*missing.*--output"):
@@ -198,7 +198,7 @@ def test_where_the_network_goes(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_examples_start_as_files_too(tmp_path):
+def test_examples_also_run_as_scripts(tmp_path):
     """One interpreter for both, because importing torch takes seconds."""
     code = """if True:
         import runpy, sys

@@ -17,7 +17,7 @@ from test_resume import assert_same_end
 import utils
 from utils import UserError, choose_device, load_checkpoint, save_checkpoint
 
-needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals and limits")
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_it_trains_where_stdout_is_not_a_real_file(start):
         ),
     ],
 )
-def test_ctrl_c_stops_training_and_leaves_the_prompt_and_the_profile(start, tmp_path, command):
+def test_ctrl_c_stops_training_but_keeps_the_prompt_and_the_profile(start, tmp_path, command):
     process = start(*command, flags=["--epochs=10000"])
     wait_for(process, " 1/10000")
     time.sleep(0.5)
@@ -263,7 +263,7 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monk
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [50, 50_000])
 def test_a_full_disk_while_logging_ends_the_program(start, tmp_path, limit):
-    """tensorboardX writes in a thread. Without it, the next add_scalar would wait forever."""
+    """tensorboardX writes in a thread. If that died, the next add_scalar would wait forever."""
     full = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
     result = finish(start(before=full, flags=["--epochs=50"]))
     assert result.returncode == 1 and "File too large" in result.stderr

@@ -47,7 +47,7 @@ def test_a_network_can_learn_one_batch_by_heart(small_data_dir):
 
 def test_train_epoch_returns_one_loss_per_image_and_the_accuracy(monkeypatch):
     """With a learning rate of 0 the weights stand still, so we can compute both by hand."""
-    monkeypatch.setattr("utils.is_bfloat16_fast", lambda device: False)  # two digits are too few
+    monkeypatch.setattr("utils.is_bfloat16_fast", lambda device: False)  # bfloat16 is too coarse
     torch.manual_seed(0)
     images, labels = torch.rand(10, 1, 28, 28), torch.arange(10)
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
@@ -96,7 +96,7 @@ def test_after_the_first_epoch_the_hardest_images_are_practised(train, monkeypat
     first, second, third = (epoch.tolist() for epoch in epochs)
     assert sorted(first) == list(range(1_100)) and first != sorted(first)
     assert sorted(second) == list(range(990, 1_100)) and second != sorted(second, reverse=True)
-    assert sorted(third) == list(range(880, 990))  # the others have a loss of 0 by now
+    assert sorted(third) == list(range(880, 990))  # 990 to 1,099 have a loss of 0 by now
     rows = re.findall(r"^ \d/3 +([\d,]+) ", capsys.readouterr().out, re.MULTILINE)
     assert rows == ["1,100", "110", "110"]
 
@@ -243,7 +243,7 @@ def test_a_far_too_large_learning_rate_is_reported(train, tmp_path):
 def test_the_log_has_curves_while_training_and_after_each_epoch(trained):
     training, validation = read_log(trained / "training"), read_log(trained / "validation")
     last = load_checkpoint(trained / "last.pt")
-    steps = [35, (35 + last["step"]) // 2, last["step"]]  # 1,100 images, then twice the hardest
+    steps = [35, (35 + last["step"]) // 2, last["step"]]  # 1,100 images, then the hardest, twice
     every_tenth = list(range(10, last["step"] + 1, 10))
     assert [event.step for event in training.Scalars("step/loss")] == every_tenth
     rates = [event.value for event in training.Scalars("step/learning_rate")]
