@@ -41,7 +41,7 @@ INGREDIENTS = [
     ("smooth", "label smoothing", LR, LR),
     ("hard", "hard examples", LR, LR),
     ("bfloat16", "bfloat16", LR, LR),
-    ("crop", "a narrower look (not in train.py)", LR, LR),
+    ("crop", "a crop to the middle (not in train.py)", LR, LR),
 ]
 
 
