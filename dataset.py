@@ -130,7 +130,7 @@ def read_idx(path: Path) -> Tensor:
 
 
 def find_files(data_dir: Path) -> Path:
-    """The folder with MNIST's files; downloads them if there are none.
+    """Find the folder with MNIST's files, or download them if there are none.
 
     A folder that holds any of the files is yours, and we never write to it.
     """

@@ -4,8 +4,8 @@
     python evaluate.py --checkpoint RUN/best.pt    # another run
 
 The test set is the exam. train.py never looks at it, so the number printed here tells you how the
-model does on digits that it has never learnt from. (Choose your settings by validation images, and
-come here last. If you choose by the test set, its score is too good to be true.)
+model does on digits that it has never learnt from. (Choose your settings on validation images, and
+come here last. If you choose them on the test set, its score will be too good to be true.)
 
 Two pictures are saved beside the checkpoint: the confusion matrix, and the mistakes.
 """

@@ -50,7 +50,7 @@ class CNN(nn.Module):
 
 
 def conv_block(channels_in: int, channels_out: int, kernel_size=3, pool=False) -> nn.Sequential:
-    """Four layers that turn (N, channels_in, H, W) into (N, channels_out, H', W').
+    """Three layers, or four with `pool`: (N, channels_in, H, W) to (N, channels_out, H', W').
 
     A channel is an image of one feature. The input has a single channel, of grey values;
     channels in later layers show how much each place looks like a stroke, a corner or a loop.

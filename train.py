@@ -1,11 +1,11 @@
 """Teach a small network to read handwritten digits. This is the file to start with.
 
-    python train.py          # all defaults: a quarter of a minute on two CPU cores
+    python train.py          # all defaults: about 15 seconds on two CPU cores
     python train.py --help   # everything you can change
 
 Read it from the top. `main` tells the whole story: get the data, build a model, choose a loss and
 an optimizer, and then loop, epoch after epoch. (An *epoch* is one pass over the training images.
-Ours soon skip the ones that have become easy.)
+By default, later ones skip the images that have become easy.)
 `train_epoch`, right below it, is the heart of it all: a handful of lines that you'll meet again in
 nearly every PyTorch project.
 """
@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> Path:
     # Model: a function with many adjustable numbers, its weights, which start random or pretrained.
     pretrained = args.pretrained and not args.resume  # a resumed run brings its own weights
     model = build_model(args.model, train_set.classes, pretrained, args.freeze_backbone).to(device)
-    if device.type != "mps":  # on Apple's GPUs this gave wrong gradients (PyTorch issue 175189)
+    if device.type != "mps":  # channels_last gave wrong gradients there (PyTorch issue 175189)
         model.to(memory_format=torch.channels_last)  # the layout in which convolutions run faster
     predict(model, Subset(validation_set, [0]), device)  # try one image: better to fail now
 
@@ -78,14 +78,14 @@ def main(args: argparse.Namespace) -> Path:
         first_epoch, best_accuracy = checkpoint["epoch"] + 1, checkpoint["best_accuracy"]
     if args.compile:
         model.compile()
-    options = {"purge_step": step + 1, "flush_secs": 1}  # hide log entries from a lost epoch
+    options = {"purge_step": step + 1, "flush_secs": 1}  # hide what an interrupted epoch logged
     run_dir = utils.open_run_dir(args, device)
     train_log = SummaryWriter(str(run_dir / "training"), **options)
     validation_log = SummaryWriter(str(run_dir / "validation"), **options)
     print("epoch   images  train loss  accuracy  validation loss  accuracy  images/s")
 
     for epoch in range(first_epoch, args.epochs + 1):
-        # Train on the hardest images, in random order. Reseeding makes a resumed run draw the same.
+        # Use the hardest images, in random order. Reseed, so resumed runs draw the same numbers.
         utils.seed_everything(args.seed, epoch)
         hardest = image_losses.topk(epoch_sizes[epoch - 1]).indices
         order = hardest[torch.randperm(len(hardest))].tolist()
@@ -169,9 +169,9 @@ def train_epoch(model, batches, loss_function, optimizer, scheduler, device, log
 
 def build_optimizer(model: nn.Module, lr: float, total_steps: int):
     """Create the optimizer and its learning-rate schedule. `lr` is the schedule's peak."""
-    # Adam divides each weight's step by the typical size of its recent gradients. Recent means the
-    # last 50 steps or so here (beta2 = 0.98); the usual 1,000 would be most of our training. The W
-    # is for weight decay, a steady pull of all weights towards 0.
+    # Adam divides each weight's step by the typical size of its recent gradients. Recent means
+    # the last 50 steps or so here (beta2 = 0.98); the usual 1,000 would be most of our training.
+    # The W in AdamW is for weight decay, a steady pull on every weight towards 0.
     weights = [w for w in model.parameters() if w.requires_grad]  # leaves out a frozen backbone
     optimizer = torch.optim.AdamW(weights, lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     # One cycle: start slowly while gradients are wild, go fast to get far, and slow down to
@@ -190,7 +190,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--pretrained", action=switch, default=True, help="start resnet18 from ImageNet weights")
     add("--freeze-backbone", action=switch, default=False, help="train only resnet18's last layer")
     add("--epochs", type=number(int, 1), metavar="N", help="number of epochs")
-    add("--hard-share", type=number(float, 0, 1), metavar="X", help="later epochs' share of images")
+    add("--hard-share", type=number(float, 0, 1), metavar="X", help="share of images after epoch 1")
     add("--lr", type=number(float, 1e-12), metavar="X", help="peak learning rate")
     add("--batch-size", type=number(int, 1), default=128, metavar="N", help="images per step")
     add("--seed", type=number(int, 0, 10**12), default=0, metavar="N", help="random seed")

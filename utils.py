@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 
 ROOT = Path(__file__).resolve().parent
 DEVICES = ("auto", "cpu", "cuda", "mps")
-FORMAT = 4  # version of our checkpoints; goes up when older code couldn't read newer files
+FORMAT = 4  # our checkpoint format; goes up if older code couldn't read newer files
 
 
 class UserError(Exception):
@@ -41,7 +41,7 @@ def run(parse_args: Callable, main: Callable) -> None:
     def thread_failed(failure):
         show_traceback(failure)
         # tensorboardX writes its log in a thread. If that thread dies (on a full disk, say), the
-        # next add_scalar would wait for it forever, so we end the program.
+        # queue would soon be full and add_scalar would wait forever, so we end the program.
         if type(failure.thread).__module__.startswith("tensorboardX"):
             os._exit(1)
 
@@ -77,7 +77,7 @@ def choose_device(name: str = "auto") -> torch.device:
 def is_bfloat16_fast(device: torch.device) -> bool:
     """Whether a device computes faster in bfloat16 (16 bits) than in float32.
 
-    Most GPUs of the last years do. CPUs do if they have instructions for it, which Intel calls
+    Most GPUs of recent years do. CPUs do if they have instructions for it, which Intel calls
     AVX512_BF16 and AMX. Without them, bfloat16 would be many times slower. docs/results.md has our
     measurements; on Arm we have none, so there it stays off.
     """
@@ -170,7 +170,7 @@ def open_run_dir(args, device: torch.device, program=("python", ROOT / "train.py
                 time.sleep(0.1)  # another run started within this very second
     except OSError as error:
         raise UserError(f"Can't create a folder for this run (see --out-dir): {error}") from error
-    print(f"Training {args.model} on {device}. If it's interrupted after epoch 1, resume it with")
+    print(f"Training {args.model} on {device}. If it's interrupted after epoch 1, resume it with:")
     print(command(*program, "--resume", run_dir), end="\n\n")
     return run_dir
 
@@ -259,7 +259,7 @@ def load_checkpoint(path: Path | str) -> dict:
 def must_fit(checkpoint: dict, model: nn.Module, image_losses: Tensor):
     """While a run's states are loaded, turn a failure into a UserError that says why.
 
-    Two things are checked here because PyTorch doesn't. An optimizer finds a weight's state by its
+    We check two things here that PyTorch doesn't. An optimizer finds a weight's state by its
     position, so two layers that swapped places would silently swap states. And we keep one loss
     per image, so a different number of images means different data.
     """

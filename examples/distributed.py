@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> Path | None:  # DDP
     # Model: a function with many adjustable numbers, its weights, which start random or pretrained.
     pretrained = args.pretrained and not args.resume  # a resumed run brings its own weights
     model = build_model(args.model, train_set.classes, pretrained, args.freeze_backbone).to(device)
-    if device.type != "mps":  # on Apple's GPUs this gave wrong gradients (PyTorch issue 175189)
+    if device.type != "mps":  # channels_last gave wrong gradients there (PyTorch issue 175189)
         model.to(memory_format=torch.channels_last)  # the layout in which convolutions run faster
     predict(model, Subset(validation_set, [0]), device)  # try one image: better to fail now
 
@@ -85,7 +85,7 @@ def main(args: argparse.Namespace) -> Path | None:  # DDP
     if args.compile:
         model.compile()
     model = DistributedDataParallel(model)  # DDP: averages the gradients of all processes
-    options = {"purge_step": step + 1, "flush_secs": 1}  # hide log entries from a lost epoch
+    options = {"purge_step": step + 1, "flush_secs": 1}  # hide what an interrupted epoch logged
     train_log = None  # DDP
     if rank == 0:  # DDP: only the first process prints, logs and saves
         run_dir = utils.open_run_dir(args, device, PROGRAM)  # DDP
@@ -94,7 +94,7 @@ def main(args: argparse.Namespace) -> Path | None:  # DDP
         print("epoch   images  train loss  accuracy  validation loss  accuracy  images/s")  # DDP
 
     for epoch in range(first_epoch, args.epochs + 1):
-        # Train on the hardest images, in random order. Reseeding makes a resumed run draw the same.
+        # Use the hardest images, in random order. Reseed, so resumed runs draw the same numbers.
         utils.seed_everything(args.seed, epoch)
         hardest = image_losses.topk(epoch_sizes[epoch - 1]).indices
         order = hardest[torch.randperm(len(hardest))].tolist()
@@ -168,8 +168,8 @@ def join_processes(name: str) -> tuple[torch.device, int, int]:
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)
     else:
-        found = f"{processes} processes, {gpus} NVIDIA or AMD GPUs"
-        raise utils.UserError(f"Each process needs its own GPU ({found}); or add --device cpu")
+        found = f"processes: {processes}, NVIDIA or AMD GPUs: {gpus}"
+        raise utils.UserError(f"Each process needs its own GPU ({found}). Or use --device cpu")
     return device, dist.get_rank(), dist.get_world_size()
 
 

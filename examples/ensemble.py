@@ -36,13 +36,13 @@ def main(args: argparse.Namespace) -> None:
     for seed, run_dir in zip(seeds, run_dirs, strict=True):
         model, _ = load_model(run_dir / "best.pt")
         logits, labels = predict(model.to(device), test_set, device)
-        print(f"Seed {seed}: {accuracy(logits, labels):.2%} of the test images are right")
+        print(f"Seed {seed}: {accuracy(logits, labels):.2%} of the test images read correctly")
         total = total + logits.softmax(dim=1)  # (N, classes): how the networks vote
     print(f"Test accuracy of all {args.networks} together: {accuracy(total, labels):.2%}")
 
 
 def accuracy(scores: torch.Tensor, labels: torch.Tensor) -> float:
-    """The share of images whose label has the highest score; (N, classes) and (N,) int64."""
+    """The share of images whose label scores highest. Takes (N, classes), and (N,) int64."""
     return (scores.argmax(dim=1) == labels).float().mean().item()
 
 

@@ -103,7 +103,7 @@ def read_digit(path: Path | str | BinaryIO) -> Tensor:
 def open_picture(path: Path | str | BinaryIO) -> Image.Image:
     """Open a picture, upright, as RGBA: colours, and alpha, which is 0 where it's transparent.
 
-    For an animation, that's the first frame that isn't blank. Raises UserError if that fails.
+    In an animation, this picks the first frame that isn't blank. Raises UserError on failure.
     """
     try:
         if isinstance(path, (str, Path)) and Path(path).exists() and not Path(path).is_file():
@@ -132,12 +132,12 @@ def open_picture(path: Path | str | BinaryIO) -> Image.Image:
     except Exception as error:  # a damaged file can make Pillow raise nearly anything
         reason = getattr(error, "strerror", None) or "it's damaged, or not an image"
         if isinstance(path, (str, Path)) and Path(path).suffix.lower() in (".heic", ".heif"):
-            reason = "save it as JPEG, or pip install pillow-heif"
+            reason += " (a HEIC photo? Save it as JPEG, or pip install pillow-heif)"
         raise UserError(f"this can't be read: {reason}") from error
 
 
 def to_rgba(image: Image.Image) -> Image.Image:
-    """Convert a picture of any kind to RGBA; 16 and 32 bits per pixel are scaled to 8."""
+    """Convert a picture of any kind to RGBA; grey of 16 or 32 bits is stretched to fill 8 bits."""
     if image.mode[0] in "IF":
         values = np.nan_to_num(np.asarray(image, dtype=np.float64))
         values = (values - values.min()) / max(np.ptp(values), 1e-9)
@@ -154,7 +154,7 @@ def find_digit(
     bottom); and its place, an image as large as the picture. Raises UserError if there's no digit,
     or several.
     """
-    # Averaging ("box") keeps a hairline visible, if pale, where other ways of scaling skip it.
+    # Averaging ("box") keeps a hairline visible, though paler; picking single pixels would skip it.
     side = min(max(*picture.size, 160), LOOK_AT)
     scale = side / max(picture.size)
     size = [max(round(length * scale), 1) for length in picture.size]
@@ -163,7 +163,7 @@ def find_digit(
 
     # Blur as much as the noise demands. The Laplacian, each pixel's difference from its four
     # neighbours, is nearly all noise, with sqrt(20) times the noise's own standard deviation.
-    # 0.67 turns the median into a standard deviation.
+    # For noise, the median of the absolute values is 0.67 standard deviations.
     noise = np.median(abs(ndimage.laplace(colours[:, :, 1]))) / 0.67 / 20**0.5
     blur = min(noise / 4.5, 2.5)
     if blur > 0.3:
@@ -180,8 +180,8 @@ def find_digit(
     palest, bias = np.quantile(contrast, (0.05, 0.25))
     contrast -= bias
     mask = contrast > max(3, 8 * (bias - palest))
-    # Ink is darker than the ruled line it crosses. Averages of 3×3 pixels tell that better than
-    # single ones, because a hairline may fall on one pixel, or half on each of two.
+    # Ink is darker than the ruled line it crosses. Averages over 3×3 pixels show that better
+    # than single pixels, because a hairline may fall on one pixel, or half on each of two.
     strength = ndimage.uniform_filter(contrast, 3)
     labels, count = ndimage.label(mask, TOUCHING)
     peaks = np.zeros(count + 1, dtype=np.float32)
@@ -210,12 +210,12 @@ def dark_on_light(colours: np.ndarray, side: int) -> np.ndarray:
     if alpha.mean() > 0.5:
         paper = np.median(colours[alpha[:, :, 0] > 0.5], axis=0)
     colours = colours * alpha + paper * (1 - alpha)
-    # A shadow multiplies the light by the same factor everywhere in it. In logarithms that's a
-    # constant offset, so ink stands out from paper in a shadow as much as it does in the sun.
+    # A shadow multiplies the light by the same factor everywhere in it. On a log scale that's a
+    # constant offset, so a shadow costs ink less of its contrast. (0.4 keeps the noise down.)
     colours = 46 * np.log(0.4 + colours / 255)
-    # Red ink on blue paper can be as bright as the paper. So grey isn't the brightness, but the
-    # direction in which colours nearby differ most (the first *principal component*). To find it,
-    # and to answer the next question, a quarter of the pixels is enough.
+    # Red ink on blue paper can be as bright as the paper. So we don't measure brightness, but how
+    # far a colour goes in the direction in which nearby colours differ most (the first *principal
+    # component*). To find it, and to answer the next question, a quarter of the pixels is enough.
     few = colours[::2, ::2]
     nearby = few - ndimage.uniform_filter(few, (side // 6, side // 6, 0), mode="nearest")
     nearby = nearby.reshape(-1, 3)
@@ -235,7 +235,7 @@ def dark_on_light(colours: np.ndarray, side: int) -> np.ndarray:
 
 
 def without_lines(mask: np.ndarray, side: int) -> np.ndarray:
-    """Erase what was printed, not written: ruled lines, frames, grids, underlines. All (H, W) bool.
+    """Erase ruled lines, frames, grids and underlines. Masks are (H, W) bool.
 
     All of these are long, straight and thin. So are some of a digit's own strokes, but a printed
     line comes from the border of the picture, or spans a frame, or goes on left and right of the
@@ -264,7 +264,7 @@ def without_lines(mask: np.ndarray, side: int) -> np.ndarray:
     mask = mask & ~(printed[0] & ~thick[0]) & ~(printed[1] & ~thick[1])
     mask &= ~(printed[0] & printed[1] & ~blobs)
 
-    # What's left may be underlined. Where are the digit's first and last column?
+    # What's left may be underlined. Where are the digit's first and last columns?
     labels, count = ndimage.label(ndimage.maximum_filter(mask & ~(long[1] & ~thick[1]), 7))
     sizes = np.bincount((labels * mask).ravel(), minlength=count + 1)
     sizes[at_border(labels)] = 0
@@ -313,7 +313,7 @@ def at_border(labels: np.ndarray) -> np.ndarray:
 
 
 def only_digit(mask: np.ndarray, contrast: np.ndarray, side: int) -> np.ndarray:
-    """Of all the ink in a mask (H, W) keep the digit. Raises UserError if there's none, or several.
+    """Keep only the digit in a mask (H, W) of ink. Raises UserError if there's none, or several.
 
     We look at the parts twice: first as they are, then with parts close together taken as one,
     because the bar of a 5 may not touch the rest of it.
@@ -338,7 +338,7 @@ def only_digit(mask: np.ndarray, contrast: np.ndarray, side: int) -> np.ndarray:
     parts = filter(None, ndimage.find_objects(labels * mask))
     heights = sorted(part[0].stop - part[0].start for part in parts)
     if len(heights) > 1 and heights[-2] > 0.7 * heights[-1]:
-        raise UserError("there are two digits or more; crop the picture to one")
+        raise UserError("there are two or more digits; keep just one")
     return mask
 
 

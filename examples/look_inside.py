@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> None:
     if not any(output.dim() == 3 for output in outputs.values()):
         what = f"{utils.relative(path)} holds a {checkpoint['model']}"
         raise utils.UserError(
-            f"{what}, and none of its blocks outputs channels; choose a cnn with --checkpoint"
+            f"{what}, but only a cnn's blocks can be shown; choose one with --checkpoint"
         )
     for name, output in outputs.items():
         print(f"{name:12}{' × '.join(map(str, output.shape))}")

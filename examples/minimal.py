@@ -1,4 +1,4 @@
-"""The whole of PyTorch on one screen: teach a small network to read digits, then test it."""
+"""A whole PyTorch program on one screen: teach a small network to read digits, then test it."""
 
 import torch
 from torch.utils.data import DataLoader

@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train on the photos in args.folder, and save the network of the best epoch."""
+    """Train on the photos in args.folder, and save the network from the best epoch."""
     folder, set_aside = find_split(args.folder)
     try:  # can we save the result? Better to find out now than after training
         tempfile.TemporaryFile(dir=args.output.parent).close()

@@ -310,7 +310,7 @@ def test_two_digits_are_not_guessed_at_and_an_empty_page_is_noticed():
         )
     noise = np.random.default_rng(0).normal(230, 8, (300, 300)).clip(0, 255).astype(np.uint8)
     pages = [Image.new("L", (300, 200), 250), Image.fromarray(noise), Image.new("RGBA", (99, 99))]
-    for picture, message in [(both, "two digits"), *[(page, "empty") for page in pages]]:
+    for picture, message in [(both, "digits; keep just one"), *[(page, "empty") for page in pages]]:
         with pytest.raises(UserError, match=message):
             read_digit(saved(picture))
 
@@ -401,7 +401,7 @@ def test_an_unreadable_picture_gets_one_line_and_the_rest_are_read(
         "cut.png": "not an image",
         "text.png": "not an image",
         "nothing.png": "not an image",
-        "phone.heic": "save it as JPEG, or pip install pillow-heif",
+        "phone.heic": "pip install pillow-heif",
         "folder.png": "not a regular file",
         "missing.png": "No such file",
         "long" * 99: "name too long",
