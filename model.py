@@ -61,11 +61,11 @@ def conv_block(channels_in: int, channels_out: int, kernel_size=3, pool=False) -
       the border, because MNIST's border is empty anyway. The result has H - kernel_size + 1 rows.
     - *Max pooling* keeps the largest value in every 2×2 block. That halves height and width, and
       the exact position of a feature matters less.
-    - *Batch norm* gives each channel mean 0 and variance 1, over all positions in all images of
-      the batch, then a scale and a shift that are learnt. With it, training tolerates a larger
+    - *Batch norm* gives each channel mean 0 and variance 1, over every position in every image
+      in the batch, then a scale and a shift that are learnt. With it, training tolerates a larger
       learning rate.
-    - *ReLU* is max(x, 0). Without some such kink all the layers together could do no more than
-      one, because a weighted sum of weighted sums is just another weighted sum.
+    - *ReLU* is max(x, 0). Without a kink like that, all the layers together could do no more
+      than one, because a weighted sum of weighted sums is just another weighted sum.
     """
     return nn.Sequential(
         nn.Conv2d(channels_in, channels_out, kernel_size, bias=False),  # batch norm has a bias
