@@ -40,7 +40,7 @@ class MNISTDataset(Dataset):
         classes: the number of classes.
 
     Raises:
-        UserError: if files are damaged or missing, or there are none and the download fails.
+        UserError: if a file is damaged or missing, or if none is there and the download fails.
     """
 
     def __init__(self, data_dir: Path | str, split: str):
@@ -50,7 +50,7 @@ class MNISTDataset(Dataset):
         names = FILES["test" if split == "test" else "train"]
         images, labels = (read_idx(folder / name) for name in names)
         if images.shape[:1] != labels.shape:
-            raise UserError(f"The images and labels in {folder} don't belong together")
+            raise UserError(f"The images and labels in {folder} don't match")
         if split != "test" and len(labels.unique()) < 2:
             raise UserError(f"The labels in {folder} are all the same: there's nothing to learn")
         self.classes = labels.max().item() + 1
@@ -62,7 +62,7 @@ class MNISTDataset(Dataset):
             kept = order[held_out:] if split == "train" else order[:held_out]
             images, labels = images[kept], labels[kept]
 
-        self.images = images.unsqueeze(1)  # (N, 1, 28, 28): one channel, because they're grey
+        self.images = images.unsqueeze(1)  # (N, 1, 28, 28): one channel, because they're greyscale
         self.labels = labels.long()
         self.augment = split == "train"
 
@@ -121,7 +121,7 @@ def read_idx(path: Path) -> Tensor:
         packed = path.exists() or not unpacked.exists()
         content = gzip.decompress(path.read_bytes()) if packed else unpacked.read_bytes()
         if content[:3] != bytes([0, 0, 8]):
-            raise ValueError("this isn't MNIST's format")
+            raise ValueError("it isn't in MNIST's format")
         shape = np.frombuffer(content, dtype=">i4", count=content[3], offset=4)
         values = np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * len(shape))
         return torch.from_numpy(values.reshape(shape).copy())  # `content` itself is read-only
@@ -132,7 +132,7 @@ def read_idx(path: Path) -> Tensor:
 def find_files(data_dir: Path) -> Path:
     """Find the folder with MNIST's files, or download them if there are none.
 
-    A folder that holds any of the files is yours, and we never write to it.
+    If a folder already holds some of the files, it's yours, and we never write to it.
     """
     raw = data_dir / "MNIST" / "raw"
     for folder in (data_dir, raw):
@@ -141,7 +141,7 @@ def find_files(data_dir: Path) -> Path:
     from torchvision.datasets import MNIST  # slow to import, and hardly ever needed
 
     # Download into a temporary folder, and move that into place once it's complete.
-    print(f"There is no MNIST in {data_dir}, so we'll download it")
+    print(f"Can't find MNIST in {data_dir}, so we'll download it")
     parent = next(p for p in (data_dir, *data_dir.absolute().parents) if p.exists())
     try:
         with tempfile.TemporaryDirectory(dir=parent) as temporary:
@@ -152,6 +152,6 @@ def find_files(data_dir: Path) -> Path:
     except (OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(
-            f"There is no MNIST in {data_dir} (see --data-dir), and downloading it failed: {reason}"
+            f"Can't find MNIST in {data_dir} (see --data-dir), and downloading it failed: {reason}"
         ) from error
     return raw

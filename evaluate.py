@@ -4,7 +4,7 @@
     python evaluate.py --checkpoint RUN/best.pt    # another run
 
 The test set is the exam. train.py never looks at it, so the number printed here tells you how the
-model does on digits that it has never learnt from. (Choose your settings on validation images, and
+model does on digits that it was never trained on. (Choose your settings on validation images, and
 come here last. If you choose them on the test set, its score will be too good to be true.)
 
 Two pictures are saved beside the checkpoint: the confusion matrix, and the mistakes.
@@ -72,7 +72,7 @@ def load_model(path: Path | str) -> tuple[nn.Module, dict]:
         model.load_state_dict(checkpoint["weights"])
     except (KeyError, RuntimeError) as error:
         reason = textwrap.shorten(str(error), 300)
-        raise utils.UserError(f"{utils.relative(path)} doesn't fit model.py: {reason}") from error
+        raise utils.UserError(f"{utils.relative(path)} doesn't match model.py: {reason}") from error
     return model.eval(), checkpoint
 
 
@@ -109,7 +109,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Test a trained model on MNIST's test set.")
     add = parser.add_argument
     add("--checkpoint", type=Path, metavar="FILE", help="a best.pt (default: the newest run's)")
-    add("--device", choices=utils.DEVICES, default="auto", help="where to compute (default: auto)")
+    add("--device", choices=utils.DEVICES, default="auto", help="device to run on (default: auto)")
     add("--data-dir", type=Path, default=utils.ROOT / "data", help="folder with the MNIST files")
     return parser.parse_args(argv)
 

@@ -52,18 +52,19 @@ class CNN(nn.Module):
 def conv_block(channels_in: int, channels_out: int, kernel_size=3, pool=False) -> nn.Sequential:
     """Three layers, or four with `pool`: (N, channels_in, H, W) to (N, channels_out, H', W').
 
-    A channel is an image of one feature. The input has a single channel, of grey values;
+    A channel is an image of one feature. The input has a single channel of grey values;
     channels in later layers show how much each place looks like a stroke, a corner or a loop.
     Here's what each layer contributes:
 
     - A *convolution* slides a small window of weights over the image. At each place it computes a
       weighted sum over all input channels, which becomes one pixel of a new channel. We don't pad
-      the border, because MNIST's border is empty anyway. The result has H - kernel_size + 1 rows.
-    - *Max pooling* keeps the largest value in every 2×2 block. That halves height and width, and
-      the exact position of a feature matters less.
-    - *Batch norm* gives each channel mean 0 and variance 1, over every position in every image
-      in the batch, then a scale and a shift that are learnt. With it, training tolerates a larger
-      learning rate.
+      the images, because MNIST's have an empty border anyway. The result has H - kernel_size + 1
+      rows.
+    - *Max pooling* keeps the largest value in every 2×2 block. That halves the height and
+      the width, and makes the exact position of a feature matter less.
+    - *Batch norm* normalises each channel to mean 0 and variance 1, over every position in every
+      image in the batch, and then applies a scale and a shift that are learnt. With it,
+      training tolerates a larger learning rate.
     - *ReLU* is max(x, 0). Without a kink like that, all the layers together could do no more
       than one, because a weighted sum of weighted sums is just another weighted sum.
     """
@@ -80,7 +81,7 @@ class ResNet18(nn.Module):
 
     The *backbone*, which is everything but the last layer, turns an image into 512 features. From
     ImageNet's 1.2 million photographs it learnt which features tell things apart, and that's the
-    knowledge we borrow. The *head* turns features into classes. Ours are different classes, so
+    knowledge we borrow. The *head* turns features into classes. Our classes are different, so
     the head is new and starts out random.
 
     Args:
@@ -107,13 +108,13 @@ class ResNet18(nn.Module):
         # the backward pass ends at the head.
         self.backbone.requires_grad_(not freeze_backbone)
 
-        # The mean and standard deviation of each colour in ImageNet, which the backbone expects.
+        # The backbone expects colours normalised with ImageNet's mean and standard deviation.
         preset = models.ResNet18_Weights.DEFAULT.transforms()
         self.register_buffer("mean", torch.tensor(preset.mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(preset.std).view(3, 1, 1))
 
     def train(self, mode: bool = True) -> "ResNet18":
-        """Switch to training mode, or with `False` to evaluation mode.
+        """Switch to training mode or, with `False`, to evaluation mode.
 
         A frozen backbone always stays in evaluation mode. Its batch norm layers keep running
         averages, which aren't weights: in training mode they'd drift towards our images.

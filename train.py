@@ -5,7 +5,7 @@
 
 Read it from the top. `main` tells the whole story: get the data, build a model, choose a loss and
 an optimizer, and then loop, epoch after epoch. (An *epoch* is one pass over the training images.
-By default, later ones skip the images that have become easy.)
+By default, later epochs skip the images that have become easy.)
 `train_epoch`, right below it, is the heart of it all: a handful of lines that you'll meet again in
 nearly every PyTorch project.
 """
@@ -151,7 +151,7 @@ def train_epoch(model, batches, loss_function, optimizer, scheduler, device, log
             logits = model(images)  # forward pass; autograd takes notes for backward()
             losses = loss_function(logits, labels)  # one loss per image
             loss = losses.mean()  # the number that training makes smaller
-        optimizer.zero_grad()  # clear the last step's gradients, or backward() would add to them
+        optimizer.zero_grad()  # clear the last step's gradients, or backward() will add to them
         loss.backward()  # backpropagation: which way should each weight move?
         optimizer.step()  # gradient descent: move each weight a little that way
         if log and step % 10 == 0:
@@ -169,14 +169,14 @@ def train_epoch(model, batches, loss_function, optimizer, scheduler, device, log
 
 def build_optimizer(model: nn.Module, lr: float, total_steps: int):
     """Create the optimizer and its learning-rate schedule. `lr` is the schedule's peak."""
-    # Adam divides each weight's step by the typical size of its recent gradients. Recent means
-    # the last 50 steps or so here (beta2 = 0.98); the usual 1,000 would be most of our training.
+    # Adam divides each weight's step by the typical size of its recent gradients, here from
+    # the last 50 steps or so (beta2 = 0.98). The usual 1,000 would be most of our training.
     # The W in AdamW is for weight decay, a steady pull on every weight towards 0.
     weights = [w for w in model.parameters() if w.requires_grad]  # leaves out a frozen backbone
     optimizer = torch.optim.AdamW(weights, lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    # One cycle: start slowly while gradients are wild, go fast to get far, and slow down to
-    # almost 0 to settle. Momentum (Adam's beta1) does the opposite: OneCycleLR takes it from 0.95
-    # down to 0.85 and back, so the 0.9 above doesn't count.
+    # One cycle: start slowly while the gradients are wild, speed up to cover the ground, and
+    # then slow down almost to 0 to settle. Momentum (Adam's beta1) does the opposite: OneCycleLR
+    # takes it from 0.95 down to 0.85 and back, so the 0.9 above doesn't count.
     total_steps = max(5, total_steps)  # OneCycleLR needs a few steps to go up and down
     return optimizer, OneCycleLR(optimizer, lr, total_steps=total_steps, pct_start=0.4)
 
@@ -190,11 +190,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--pretrained", action=switch, default=True, help="start resnet18 from ImageNet weights")
     add("--freeze-backbone", action=switch, default=False, help="train only resnet18's last layer")
     add("--epochs", type=number(int, 1), metavar="N", help="number of epochs")
-    add("--hard-share", type=number(float, 0, 1), metavar="X", help="share of images after epoch 1")
+    add("--hard-share", type=number(float, 0, 1), metavar="X", help="share of data from epoch 2 on")
     add("--lr", type=number(float, 1e-12), metavar="X", help="peak learning rate")
     add("--batch-size", type=number(int, 1), default=128, metavar="N", help="images per step")
     add("--seed", type=number(int, 0, 10**12), default=0, metavar="N", help="random seed")
-    add("--device", choices=utils.DEVICES, default="auto", help="where to compute")
+    add("--device", choices=utils.DEVICES, default="auto", help="device to run on")
     add("--workers", type=number(int, 0), default=0, metavar="N", help="processes that load data")
     add("--compile", action=switch, default=False, help="use torch.compile; pays off in long runs")
     add("--dry-run", action=switch, default=False, help="try ten steps, to see if everything works")

@@ -117,17 +117,18 @@ def loop() -> Figure:
     title = "The heart of training: show, measure, blame, nudge"
     figure, axes = canvas(4.3, title, (-4.4, 4.4), (-2.4, 2.75))
     steps = [
-        ("a batch of images\nand labels", 0, 2.2, GREY),
-        ("model(images)\nwhat does it say?", 2.9, 0.95, BLUE),
-        ("loss_function(…)\nhow wrong is that?", 2.5, -1.75, BLUE),
-        ("loss.backward()\nwho's to blame?", -2.5, -1.75, ORANGE),
-        ("optimizer.step()\nnudge every weight", -2.9, 0.95, GREEN),
+        ("1. model(images)\nwhat does it say?", 0, 2.2, BLUE),
+        ("2. loss_function(…)\nhow wrong is that?", 2.9, 0.95, BLUE),
+        ("3. zero_grad()\nforget the last slopes", 2.5, -1.75, GREY),
+        ("4. loss.backward()\nwho's to blame?", -2.5, -1.75, ORANGE),
+        ("5. optimizer.step()\nnudge every weight", -2.9, 0.95, GREEN),
     ]
     for text, x, y, colour in steps:
         box(axes, x, y, text, colour)
-    axes.text(0, 0.1, "again and again", ha="center", va="center", color=GREY)
-    arrow(axes, (1.45, 2.2), (2.9, 1.55), GREY, curve=-0.3)
-    arrow(axes, (3.1, 0.35), (2.85, -1.15), BLUE, curve=-0.15)
+    again = "again and again,\neach time with a new batch"
+    axes.text(0, 0.1, again, ha="center", va="center", color=GREY)
+    arrow(axes, (1.45, 2.2), (2.9, 1.55), BLUE, curve=-0.3)
+    arrow(axes, (3.1, 0.35), (2.85, -1.15), GREY, curve=-0.15)
     arrow(axes, (0.8, -1.75), (-0.8, -1.75), ORANGE)
     arrow(axes, (-2.85, -1.15), (-3.1, 0.35), GREEN, curve=-0.15)
     arrow(axes, (-2.9, 1.55), (-1.45, 2.2), GREY, curve=-0.3)

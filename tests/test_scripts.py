@@ -90,7 +90,7 @@ def test_in_a_notebook_train_py_trains_explains_errors_and_leaves_no_trace(
     environment["https_proxy"] = environment["http_proxy"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert "Best validation accuracy" in result.stdout, result.stderr
-    assert "There is no MNIST in nowhere" in result.stdout + result.stderr
+    assert "Can't find MNIST in nowhere" in result.stdout + result.stderr
     assert "still here True" in result.stdout and "unchanged True" in result.stdout
 
 
@@ -227,7 +227,7 @@ BAD = {  # how a good checkpoint becomes a bad one, and what the line about it m
     "older format": (lambda path: torch.save({"format": 3}, path), "another version"),
     "other weights": (
         lambda path: save_checkpoint(path, load_checkpoint(path) | {"weights": {}}),
-        "doesn't fit",
+        "doesn't match",
     ),
 }
 
