@@ -36,7 +36,7 @@ RECIPES = {
 
 def main(args: argparse.Namespace) -> Path:
     """Train a model with the settings from `parse_args`. Returns the run's folder."""
-    # Use a GPU if there is one, and seed everything random, so that a run can be repeated.
+    # Use a GPU if there is one. Seed the random numbers, so that a run can be repeated.
     device = utils.choose_device(args.device)
     utils.seed_everything(args.seed)
 
@@ -66,7 +66,7 @@ def main(args: argparse.Namespace) -> Path:
     steps = sum(math.ceil(size / args.batch_size) for size in epoch_sizes)
     optimizer, scheduler = build_optimizer(model, args.lr, steps)
 
-    # Each run has its own folder. To resume a run, put everything that it saved back in place.
+    # Each run has its own folder. To resume a run, restore everything that it saved.
     first_epoch, step, best_accuracy = 1, 0, 0.0
     if args.resume:
         checkpoint = utils.load_checkpoint(args.resume)

@@ -4,7 +4,7 @@
     python -m docs.ablation --validation   # on validation images, to choose learning rates
 
 The first table starts with a small network and SGD with momentum, and adds one ingredient per row
-until it has become train.py (and then one more). In the second, each row leaves one ingredient out.
+until it arrives at train.py (and then one more). In the second, each row leaves one ingredient out.
 """
 
 import math

@@ -2,7 +2,7 @@
 
     python -m docs.animation   # run train.py first; needs selenium, Chromium and chromedriver
 
-A headless browser opens the page of examples/draw.py and draws on it, a little more in every frame.
+A headless browser opens the page from examples/draw.py and draws on it, a bit more in every frame.
 """
 
 import io
@@ -18,8 +18,8 @@ from selenium import webdriver
 
 from utils import ROOT
 
-# A handwritten five, with the bar drawn last. Points (x, y) go from 0 to 1, and a point given twice
-# makes a sharp corner.
+# A handwritten five, with the bar drawn last. Coordinates go from 0 to 1, and a point given
+# twice makes a sharp corner.
 STROKES = [
     [(0.4, 0.15), (0.35, 0.44), (0.35, 0.44), (0.5, 0.37), (0.69, 0.46), (0.71, 0.7), (0.56, 0.88)]
     + [(0.4, 0.88), (0.29, 0.79)],

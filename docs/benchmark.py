@@ -5,7 +5,7 @@
 
 The second command also runs the program that you name, with its own settings: 14 epochs and its
 default seed. (To get it, run `git clone https://github.com/pytorch/examples ../examples`.) Half of
-our default runs come before it and half after, so a machine that slows down is fair to both. This
+our default runs come before it and half after, so if the machine slows down, it hits both. This
 works on Linux and macOS. Close other programs first.
 """
 
@@ -71,7 +71,7 @@ def main() -> None:
         table("run", "our time / the other program's")
         row("whole run", f"1/{peer['seconds'] / typical(runs):.1f}")
         row("whole run in float32", f"1/{peer['seconds'] / typical(float32):.1f}")
-        row("one epoch, against its 99%", f"1/{peer['to 99']['seconds'] / typical(quick):.1f}")
+        row("to 99% (ours: one epoch)", f"1/{peer['to 99']['seconds'] / typical(quick):.1f}")
 
     table("loading alone", "images per second")
     for name, speed in loading_speeds().items():
@@ -99,7 +99,7 @@ def row(*cells: str) -> None:
 def run(
     *command: object, folder: Path = utils.ROOT
 ) -> tuple[list[tuple[float, str]], float, float]:
-    """Run a Python command. Returns its lines with their times, its duration and peak memory."""
+    """Run a Python command. Returns (time, line) pairs, the duration, and the peak memory."""
     start, lines = time.perf_counter(), []
     command = [sys.executable, "-u", *map(str, command)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder) as process:
@@ -124,7 +124,7 @@ def whole_run(seed: int, *command: str) -> dict[str, float]:
 
 
 def peer_run(program: Path) -> dict:
-    """The same for pytorch/examples' mnist, in a folder with the data where it expects it."""
+    """The same for pytorch/examples' mnist, in a folder with the data where that program looks."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(utils.ROOT / "data", Path(folder) / "data")
         (Path(folder) / "mnist").mkdir()

@@ -167,7 +167,7 @@ def graph() -> Figure:
     ):
         axes.text(place, -1.85, text, ha="center", color=ORANGE)
     axes.text(5, 2.15, "forward: the values", ha="center", color=BLUE, weight="bold")
-    text = "backward: the slope of the loss for each value"
+    text = "backward: the slope of the loss with respect to each value"
     axes.text(5, -3.2, text, ha="center", color=ORANGE, weight="bold")
     return figure
 
@@ -278,7 +278,9 @@ def augmented() -> Figure:
     torch.manual_seed(0)
     images = MNISTDataset(ROOT / "data", "train").images[:5] / 255
     figure = Figure(figsize=(6.4, 5.2))
-    figure.suptitle("Five digits, each as five epochs would show it", weight="bold", fontsize=14)
+    figure.suptitle(
+        "Five digits, and what five epochs might make of each", weight="bold", fontsize=14
+    )
     left, right = figure.subplots(1, 2, width_ratios=[1, 5])
     copies = torch.cat([random_affine(image.repeat(5, 1, 1, 1)) for image in images])
     for axes, part, columns, title in (

@@ -33,13 +33,13 @@ from evaluate import predict
 from model import build_model
 from train import build_optimizer, parse_args, train_epoch
 
-# How the command that resumes a run begins.
+# The start of the command that resumes a run.
 PROGRAM = ("torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), Path(__file__))
 
 
 def main(args: argparse.Namespace) -> Path | None:  # DDP
     """Train a model with the settings from `parse_args`. Returns the run's folder."""
-    # Use a GPU if there is one, and seed everything random, so that a run can be repeated.
+    # Use a GPU if there is one. Seed the random numbers, so that a run can be repeated.
     device, rank, world_size = join_processes(args.device)  # DDP
     utils.seed_everything(args.seed)
 
@@ -72,7 +72,7 @@ def main(args: argparse.Namespace) -> Path | None:  # DDP
     batch_size = math.ceil(args.batch_size / world_size)  # DDP
     epoch_sizes = [max(1, size // world_size) * world_size for size in epoch_sizes]  # DDP
 
-    # Each run has its own folder. To resume a run, put everything that it saved back in place.
+    # Each run has its own folder. To resume a run, restore everything that it saved.
     first_epoch, step, best_accuracy = 1, 0, 0.0
     if args.resume:
         checkpoint = utils.load_checkpoint(args.resume)
@@ -136,7 +136,7 @@ def main(args: argparse.Namespace) -> Path | None:  # DDP
         utils.save_checkpoint(run_dir / "last.pt", checkpoint)
         utils.log_images_and_weights(train_log, train_set, order[:40], model.module, step)  # DDP
 
-    dist.barrier()  # DDP: wait for rank 0, because nobody may leave while a message is under way
+    dist.barrier()  # DDP: wait for rank 0, because nobody may leave while messages are in flight
     dist.destroy_process_group()  # DDP
     if rank > 0:  # DDP
         return None  # DDP
@@ -152,9 +152,9 @@ def main(args: argparse.Namespace) -> Path | None:  # DDP
 
 
 def join_processes(name: str) -> tuple[torch.device, int, int]:
-    """Choose this process's device, and meet the other processes that torchrun started.
+    """Choose this process's device, and connect to the others that torchrun started.
 
-    Returns the device, this process's number from 0 (its *rank*), and how many
+    Returns the device, this process's number, counting from 0 (its *rank*), and how many
     processes there are (the *world size*).
     """
     if not dist.is_torchelastic_launched():
@@ -174,7 +174,7 @@ def join_processes(name: str) -> tuple[torch.device, int, int]:
 
 
 def all_gather(share: Tensor, device: torch.device) -> Tensor:
-    """Collect every process's share into one tensor on the CPU, and give it to all of them.
+    """Collect every process's share into one tensor on the CPU, the same in each of them.
 
     `share` is (N / world_size,): process r has items r, r + world_size, r + 2 * world_size, ... of
     the whole. Returns all N items, in their original order.

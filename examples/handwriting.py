@@ -29,23 +29,23 @@ import utils
 from evaluate import load_model, newest_checkpoint, predict
 from utils import UserError
 
-try:  # Pillow reads an iPhone's HEIC files only with this package
+try:  # Pillow needs this package to read an iPhone's HEIC files
     import pillow_heif
 
     pillow_heif.register_heif_opener()
 except ImportError:
     pass
 
-LOOK_AT = 256  # we look at a picture with its longer side reduced to this many pixels
+LOOK_AT = 256  # before we look at a picture, its longer side is shrunk to this many pixels
 PEN = 2.4  # pixels; MNIST's strokes are about this wide, and we widen finer ones to match
-PROGRAMS = {"EPS", "WMF"}  # formats that hold drawing commands to run rather than pixels
+PROGRAMS = {"EPS", "WMF"}  # formats that hold drawing commands, not pixels
 TOUCHING = np.ones((3, 3))  # for ndimage.label: pixels that touch at a corner belong together
 # How to turn a picture upright, for orientations 2 to 8 of the Exif standard (tag 0x0112).
 UPRIGHT = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), start=2))
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print which digit is in each picture, and save what the network saw of them."""
+    """Print which digit is in each picture, and save what the network saw."""
     path = args.checkpoint or newest_checkpoint()
     model, _ = load_model(path)
     answers = path.with_name(f"{path.stem}-predictions.png")
@@ -101,15 +101,14 @@ def read_digit(path: Path | str | BinaryIO) -> Tensor:
 
 
 def open_picture(path: Path | str | BinaryIO) -> Image.Image:
-    """Open a picture, upright, as RGBA: colours, and alpha, which is 0 where it's transparent.
+    """Open a picture as RGBA, and turn it upright. Alpha is 0 where the picture is transparent.
 
-    In an animation, this picks the first frame that isn't blank. Raises UserError on failure.
+    For an animation, this picks the first frame that isn't blank. Raises UserError on failure.
     """
     try:
         if isinstance(path, (str, Path)) and Path(path).exists() and not Path(path).is_file():
-            raise UserError(
-                "this is not a regular file"
-            )  # opening a named pipe, say, would wait forever
+            # Opening a named pipe, for example, would block forever.
+            raise UserError("this is not a regular file")
         Image.init()  # load all of Pillow's formats
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # most are about details that we don't use
@@ -137,7 +136,7 @@ def open_picture(path: Path | str | BinaryIO) -> Image.Image:
 
 
 def to_rgba(image: Image.Image) -> Image.Image:
-    """Convert a picture of any kind to RGBA; grey of 16 or 32 bits is stretched to fill 8 bits."""
+    """Convert a picture of any kind to RGBA; grey of 16 or 32 bits is rescaled to 8."""
     if image.mode[0] in "IF":
         values = np.nan_to_num(np.asarray(image, dtype=np.float64))
         values = (values - values.min()) / max(np.ptp(values), 1e-9)
@@ -148,10 +147,10 @@ def to_rgba(image: Image.Image) -> Image.Image:
 def find_digit(
     picture: Image.Image, place: Image.Image | None = None
 ) -> tuple[np.ndarray, list[int], Image.Image]:
-    """Find the digit in a picture. With a `place`, look only where that isn't 0.
+    """Find the digit in a picture. If `place` is given, look only where it isn't 0.
 
-    Returns the digit, cut out, as a mask (h, w) bool; its box in the picture (left, top, right,
-    bottom); and its place, an image as large as the picture. Raises UserError if there's no digit,
+    Returns the digit, cropped, as a bool mask (h, w); its box in the picture (left, top, right,
+    bottom); and its place, as a mask the size of the picture. Raises UserError if there's no digit,
     or several.
     """
     # Averaging ("box") keeps a hairline visible, though paler; picking single pixels would skip it.
@@ -171,12 +170,12 @@ def find_digit(
     grey = dark_on_light(colours, side)
 
     # The paper under the ink is as bright as the paper beside it. A *closing*, which is the darkest
-    # of the brightest values nearby, fills in whatever is narrower than its window: ink. What's
-    # wider stays, and that is a shadow or a table.
+    # of the brightest values nearby, fills in whatever is narrower than its window: ink. Anything
+    # wider, such as a shadow or a table, stays.
     paper = ndimage.grey_closing(ndimage.gaussian_filter(grey, side / 250), side // 3)
     contrast = paper - grey
     # Noise makes the closing a little brighter than the paper, so even bare paper seems to have
-    # some contrast. How much (the bias), and how widely does it scatter?
+    # some contrast. How much (the bias), and how much does that vary?
     palest, bias = np.quantile(contrast, (0.05, 0.25))
     contrast -= bias
     mask = contrast > max(3, 8 * (bias - palest))
@@ -210,8 +209,8 @@ def dark_on_light(colours: np.ndarray, side: int) -> np.ndarray:
     if alpha.mean() > 0.5:
         paper = np.median(colours[alpha[:, :, 0] > 0.5], axis=0)
     colours = colours * alpha + paper * (1 - alpha)
-    # A shadow multiplies the light by the same factor everywhere in it. On a log scale that's a
-    # constant offset, so a shadow costs ink less of its contrast. (0.4 keeps the noise down.)
+    # A shadow dims everything in it by the same factor. On a log scale that's a constant offset,
+    # so ink in a shadow loses less of its contrast. (0.4 keeps the noise down.)
     colours = 46 * np.log(0.4 + colours / 255)
     # Red ink on blue paper can be as bright as the paper. So we don't measure brightness, but how
     # far a colour goes in the direction in which nearby colours differ most (the first *principal
@@ -223,7 +222,7 @@ def dark_on_light(colours: np.ndarray, side: int) -> np.ndarray:
     direction *= np.sign(direction.sum() or 1)
     # Is the ink dark or light? Two votes. There's less ink than paper, so the few pixels that
     # differ a lot from those around them are ink (*skewness*). And strokes are narrower than the
-    # paper between them: a closing in a narrow window fills dark ones, an *opening* light ones.
+    # paper between them, so a narrow closing fills in dark strokes, and an *opening* light ones.
     local, few = nearby @ direction, few @ direction
     vote = -(local * local * local).mean() / max((local * local).mean() ** 1.5, 1e-9) / 2
     dark = light = 1e-9
@@ -238,8 +237,8 @@ def without_lines(mask: np.ndarray, side: int) -> np.ndarray:
     """Erase ruled lines, frames, grids and underlines. Masks are (H, W) bool.
 
     All of these are long, straight and thin. So are some of a digit's own strokes, but a printed
-    line comes from the border of the picture, or spans a frame, or goes on left and right of the
-    digit. Where a stroke crosses a line, the ink is thicker than the line, and stays.
+    line runs in from the edge of the picture, or spans a frame, or continues to the left and the
+    right of the digit. Where a stroke crosses a line, the ink is thicker than the line, and stays.
     """
     thickest = side // 50 + 2
     # Lines may tilt a little, so allow for a few pixels to either side.
@@ -286,7 +285,7 @@ def straight_lines(long: np.ndarray, axis: int):
 
 
 def is_frame(part: tuple[slice, slice], long: list[np.ndarray], side: int) -> bool:
-    """Does a part of the ink have a long line along each side, except at the picture's border?"""
+    """Whether a piece of ink has a long line along each side that isn't at the picture's border."""
     for axis in (0, 1):
         across, length = part[1 - axis], long[0].shape[1 - axis]
         lines = np.moveaxis(long[axis][part], axis, 0)
@@ -324,17 +323,17 @@ def only_digit(mask: np.ndarray, contrast: np.ndarray, side: int) -> np.ndarray:
         pixels = np.bincount(labels.ravel(), minlength=count + 1)
         sizes = np.bincount(labels.ravel(), contrast.ravel(), minlength=count + 1)
         sizes[0] = 0
-        # What reaches the border is a table, a finger or a shadow, unless nearly everything does.
+        # Anything at the border is a table, a finger or a shadow, unless nearly everything is.
         outer = at_border(labels)
         if np.delete(sizes, outer).max(initial=0) > 0.02 * sizes.max():
             sizes[outer] = 0
-        # What's small is a speck, and what's much paler than the digit is the edge of something.
+        # Anything small is a speck, and anything much paler than the digit is some edge.
         strength = sizes / np.maximum(pixels, 1)
         sizes[strength < 0.4 * strength[sizes.argmax()]] = 0
         sizes[sizes < (0.02 if width == 1 else 0.05) * sizes.max()] = 0
         mask = (sizes > 0)[labels]
     if not mask.any():
-        raise UserError("there's no digit; the page is empty")
+        raise UserError("there's no digit; the page is blank")
     parts = filter(None, ndimage.find_objects(labels * mask))
     heights = sorted(part[0].stop - part[0].start for part in parts)
     if len(heights) > 1 and heights[-2] > 0.7 * heights[-1]:
@@ -343,7 +342,7 @@ def only_digit(mask: np.ndarray, contrast: np.ndarray, side: int) -> np.ndarray:
 
 
 def to_mnist(digit: np.ndarray) -> Tensor:
-    """Scale and place a digit, a mask (h, w) bool, as MNIST does. Returns (1, 28, 28) float32.
+    """Scale and place a digit, a bool mask (h, w), the way MNIST does. Returns (1, 28, 28) float32.
 
     MNIST's digits were scaled "to fit in a 20x20 pixel box while preserving their aspect ratio",
     then placed so that "the center of mass of the pixels" is in the middle. Source: Y. LeCun,

@@ -310,7 +310,7 @@ def test_two_digits_are_not_guessed_at_and_an_empty_page_is_noticed():
         )
     noise = np.random.default_rng(0).normal(230, 8, (300, 300)).clip(0, 255).astype(np.uint8)
     pages = [Image.new("L", (300, 200), 250), Image.fromarray(noise), Image.new("RGBA", (99, 99))]
-    for picture, message in [(both, "digits; keep just one"), *[(page, "empty") for page in pages]]:
+    for picture, message in [(both, "digits; keep just one"), *[(p, "no digit") for p in pages]]:
         with pytest.raises(UserError, match=message):
             read_digit(saved(picture))
 
@@ -395,7 +395,7 @@ def test_an_unreadable_picture_gets_one_line_and_the_rest_are_read(
     (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
     (tmp_path / "folder.png").mkdir()
     expected = {
-        "blank.png": "the page is empty",
+        "blank.png": "the page is blank",
         "huge.png": "scale it down",
         "bomb.png": "scale it down",
         "cut.png": "not an image",
