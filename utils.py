@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 
 ROOT = Path(__file__).resolve().parent
 DEVICES = ("auto", "cpu", "cuda", "mps")
-FORMAT = 4  # our checkpoint format; goes up if older code couldn't read newer files
+FORMAT = 4  # our checkpoint format; goes up when older code can't read the new files
 
 
 class UserError(Exception):
@@ -41,7 +41,7 @@ def run(parse_args: Callable, main: Callable) -> None:
     def thread_failed(failure):
         show_traceback(failure)
         # tensorboardX writes its log in a thread. If that thread dies (on a full disk, say), the
-        # queue would soon be full and add_scalar would wait forever, so we end the program.
+        # queue soon fills up and add_scalar waits forever, so we end the program.
         if type(failure.thread).__module__.startswith("tensorboardX"):
             os._exit(1)
 
@@ -69,7 +69,8 @@ def choose_device(name: str = "auto") -> torch.device:
         raise UserError(f"--device {name} is not available on this machine; use --device {usable}")
     if device.type == "cpu":
         # Linux's C library hands a large block of memory back to the system when it's freed, unless
-        # one as large was freed before. So we allocate and free one, and training can reuse memory.
+        # one at least as large was freed before. So we free one first, and then
+        # training can reuse its memory.
         torch.empty(31 * 2**20, dtype=torch.uint8)
     return device
 
@@ -77,9 +78,9 @@ def choose_device(name: str = "auto") -> torch.device:
 def is_bfloat16_fast(device: torch.device) -> bool:
     """Whether a device computes faster in bfloat16 (16 bits) than in float32.
 
-    Most GPUs of recent years do. CPUs do if they have instructions for it, which Intel calls
+    Most recent GPUs do. CPUs do if they have instructions for it, which Intel calls
     AVX512_BF16 and AMX. Without them, bfloat16 would be many times slower. docs/results.md has our
-    measurements; on Arm we have none, so there it stays off.
+    measurements; we have none for Arm, so it stays off there.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -118,7 +119,7 @@ def plain_settings(args: argparse.Namespace) -> dict:
 
 
 def check_unchanged(args: argparse.Namespace, settings: dict) -> None:
-    """Refuse flags that contradict a resumed run's settings, except for where and how it runs."""
+    """Refuse flags that contradict a resumed run's settings. Where and how it runs may differ."""
     now = plain_settings(args)
     for name in sorted(settings.keys() - {"device", "workers", "compile", "data_dir"}):
         if now[name] != settings[name]:
@@ -127,7 +128,7 @@ def check_unchanged(args: argparse.Namespace, settings: dict) -> None:
 
 
 def find_run(name: str | None, out_dir: Path) -> tuple[Path | None, dict]:
-    """The last.pt that `--resume name` means, and its run's settings (None and {} without a name).
+    """The last.pt that `--resume name` refers to, and its run's settings (None, {} without a name).
 
     `name` is a run's folder or its last.pt; "newest" is the newest unfinished run that can be read.
     """
@@ -154,7 +155,7 @@ def find_run(name: str | None, out_dir: Path) -> tuple[Path | None, dict]:
 
 
 def open_run_dir(args, device: torch.device, program=("python", ROOT / "train.py")) -> Path:
-    """The run's folder: a new one, named after the time and the model, or the one we resume.
+    """The run's folder: a new one, named after the time and the model, or the one we're resuming.
 
     Also prints the command that would resume the run, which is `program` with --resume.
     """
@@ -167,7 +168,7 @@ def open_run_dir(args, device: torch.device, program=("python", ROOT / "train.py
                 (args.out_dir / name).mkdir()
                 run_dir = args.out_dir / name
             except FileExistsError:
-                time.sleep(0.1)  # another run started within this very second
+                time.sleep(0.1)  # another run started in the same second
     except OSError as error:
         raise UserError(f"Can't create a folder for this run (see --out-dir): {error}") from error
     print(f"Training {args.model} on {device}. If it's interrupted after epoch 1, resume it with:")
@@ -257,7 +258,7 @@ def load_checkpoint(path: Path | str) -> dict:
 
 @contextmanager
 def must_fit(checkpoint: dict, model: nn.Module, image_losses: Tensor):
-    """While a run's states are loaded, turn a failure into a UserError that says why.
+    """While a run's state is being loaded, turn any failure into a UserError that says why.
 
     We check two things here that PyTorch doesn't. An optimizer finds a weight's state by its
     position, so two layers that swapped places would silently swap states. And we keep one loss

@@ -1,6 +1,6 @@
 """Draw a digit in your browser, and watch the network make up its mind.
 
-    python -m examples.draw     # asks the newest run's best.pt
+    python -m examples.draw     # uses the newest run's best.pt
 
 This is what *serving* a model means. Load it once; then, for every request, turn the input into
 a tensor, run the model without gradients, and send numbers back. While you draw, draw.html keeps
@@ -87,7 +87,7 @@ def answer(model: nn.Module, outputs: dict[str, Tensor], drawing: bytes) -> dict
     if not drawing.startswith(b"\x89PNG") or max(width, height) > LARGEST:
         raise utils.UserError(f"A drawing has to be a PNG of at most {LARGEST}×{LARGEST} pixels")
     image = read_digit(io.BytesIO(drawing))  # (1, 28, 28) float32: 0 is paper, 1 is ink
-    logits = model(image[None])  # None makes a batch of one; the hooks fill `outputs` meanwhile
+    logits = model(image[None])  # None makes a batch of one; the hooks fill `outputs`
     stages = {"image": image, **outputs}
     return {
         "probabilities": logits.softmax(dim=1)[0].tolist(),
@@ -100,7 +100,7 @@ def answer(model: nn.Module, outputs: dict[str, Tensor], drawing: bytes) -> dict
 
 
 def most_active(channels: Tensor) -> list[dict]:
-    """The channels of (C, H, W) with the brightest pixels, in whole numbers from 0 to 255."""
+    """The channels of (C, H, W) with the brightest pixels, as whole numbers from 0 to 255."""
     brightest = channels.amax(dim=(1, 2))
     chosen = brightest.topk(min(SHOWN, len(channels))).indices.sort().values
     pixels = (255 * channels[chosen] / brightest.max().clamp(min=1e-9)).clamp(min=0).round().int()
@@ -119,7 +119,7 @@ class Handler(BaseHTTPRequestHandler):
     timeout = 10  # seconds, in case a client connects and then says nothing
 
     def respond(self) -> tuple[int, str, bytes]:
-        """Return a status, the content's type, and the content."""
+        """Return a status, a content type, and the content."""
         # A website that you visit can have your browser send things here, and it can even
         # pass this server off as its own ("DNS rebinding"). But these headers name the website.
         for name in (self.headers.get("Host", "no name"), self.headers.get("Origin", "localhost")):

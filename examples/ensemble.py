@@ -1,6 +1,6 @@
 """Train several networks and average their answers: an *ensemble*.
 
-    python -m examples.ensemble 5               # five runs of train.py, with the seeds 0 to 4
+    python -m examples.ensemble 5               # five runs of train.py, with seeds 0 to 4
     python -m examples.ensemble 5 --epochs 12   # the same, with one of train.py's flags
 
 Networks that started from different random weights make different mistakes. So when one of them is
@@ -22,7 +22,7 @@ from evaluate import load_model, predict
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train the networks one after the other, then test each of them and all together."""
+    """Train the networks one after the other, then test each alone and all of them together."""
     seeds = range(args.settings.seed, args.settings.seed + args.networks)
     run_dirs = []
     for seed in seeds:

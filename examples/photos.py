@@ -100,7 +100,7 @@ def train(args: argparse.Namespace) -> None:
 
     mistakes = mistakes_figure(names, validation_set, best_logits)
     utils.save_picture(mistakes, args.output.with_name(f"{args.output.stem}-mistakes.png"))
-    print(f"Network      {utils.relative(args.output)}: {best:.1%} of the held-out photos right")
+    print(f"Network      {utils.relative(args.output)} got {best:.1%} of the held-out photos right")
     guess = labels.bincount().max() / len(labels)
     print(f"(Always naming the commonest class would get {guess:.1%}.) Do look at the mistakes.")
     print("Then add a new photo to the end of your command, and the network will say what's in it.")
@@ -122,7 +122,7 @@ def find_split(folder: Path) -> tuple[Path, Path | None]:
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """The folders in a folder, in alphabetical order, without hidden ones."""
+    """The folders in a folder, in alphabetical order, except hidden ones."""
     if not folder.is_dir():
         raise utils.UserError(f"{utils.relative(folder)} isn't a folder; give one with your photos")
     folders = [path for path in folder.iterdir() if path.is_dir()]
@@ -155,8 +155,8 @@ def hold_out(photos: dict[Path, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Split a class's photos into those to train on, and about a fifth to validate on.
 
     Each photo's name gives it a number from 0 to 1, always the same; photos below 0.2 are held out.
-    So adding photos doesn't move the ones you have. One exception: if a side would be empty, it
-    borrows the photo that came closest, which may go back when you add more.
+    So adding photos doesn't move the ones you have. One exception: if either side would be
+    empty, it borrows the photo whose number came closest, which may go back when you add more.
     """
     numbers = {path: Random(os.fsencode(Path(*path.parts[-2:]))).random() for path in photos}
     order = sorted(photos, key=numbers.get)
@@ -173,7 +173,7 @@ def mistakes_figure(names: list[str], samples: list, logits: Tensor):
     title = f"{len(wrong):,} of {len(samples):,} wrong: true class, prediction, confidence"
     shown = wrong[:30]
     captions = [f"{names[labels[i]]} as {names[predicted[i]]}, {confidence[i]:.0%}" for i in shown]
-    images = [1 - samples[i][0] for i in shown]  # draw_images inverts them, for digits on paper
+    images = [1 - samples[i][0] for i in shown]  # undoes what draw_images does to digits
     return utils.draw_images(title, images, captions, columns=5)
 
 
@@ -181,7 +181,7 @@ def classify(args: argparse.Namespace) -> None:
     """Say what's in new photos."""
     file = utils.relative(args.output)
     if not args.output.exists():
-        raise utils.UserError(f"There's no {file} yet; train first, with just the folder's name")
+        raise utils.UserError(f"There's no {file} yet; to train one, give just the folder's name")
     checkpoint = utils.load_checkpoint(args.output)
     if checkpoint["model"] != "photos":
         raise utils.UserError(f"{file} wasn't made by this program; choose another with --output")

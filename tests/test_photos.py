@@ -55,7 +55,7 @@ def untrained(monkeypatch):
 def test_it_learns_and_leaves_out_what_cannot_be_read(learnt):
     folder, output = learnt
     assert "cut.jpg" in output and "notes.txt" in output
-    assert f"{folder}.pt: 100.0%" in output
+    assert f"{folder}.pt got 100.0%" in output
     with Image.open(folder.with_name("my.photos-mistakes.png")) as picture:
         assert picture.width > 500
 
