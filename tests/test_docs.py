@@ -95,7 +95,9 @@ def test_pale_ink(solve, small_data_dir):
     assert darkest.min() < 0.6 and darkest.max() > 0.9
 
 
-@pytest.mark.parametrize("title", ["1. One by one", "2. Pooling where others have it", "3. Deeper"])
+@pytest.mark.parametrize(
+    "title", ["1. One by one", "2. Pooling where everyone else puts it", "3. Deeper"]
+)
 def test_another_dataset_or_model_trains(title, start, solve):
     weights = start(solve(title, "train"), "--dry-run")["weights"]
     assert weights["classifier.weight"].shape == (10, 256 if title == "3. Deeper" else 512)
