@@ -327,7 +327,7 @@ def only_digit(mask: np.ndarray, contrast: np.ndarray, side: int) -> np.ndarray:
         outer = at_border(labels)
         if np.delete(sizes, outer).max(initial=0) > 0.02 * sizes.max():
             sizes[outer] = 0
-        # Anything small is a speck, and anything much paler than the digit is some edge.
+        # Anything small is a speck. Anything much paler than the digit is the edge of something.
         strength = sizes / np.maximum(pixels, 1)
         sizes[strength < 0.4 * strength[sizes.argmax()]] = 0
         sizes[sizes < (0.02 if width == 1 else 0.05) * sizes.max()] = 0
